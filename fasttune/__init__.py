@@ -1,0 +1,3 @@
+"""fasttune: a minimal, fast trainer for image diffusion models."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,1 @@
+"""From a folder of images to batches of cached latents and text embeddings."""

@@ -1,0 +1,1 @@
+"""Whole-step memory: tracing, planning, activation policies."""
