@@ -90,7 +90,8 @@ def list_checkpoints(root: Path) -> list[Path]:
     """Finished checkpoints, oldest first; not checked."""
     if not root.is_dir():
         return []
-    return sorted(p for p in root.iterdir() if _NAME.fullmatch(p.name) and p.is_dir())
+    found = [(_NAME.fullmatch(p.name), p) for p in root.iterdir() if p.is_dir()]
+    return [path for _, path in sorted((int(match[1]), path) for match, path in found if match)]
 
 
 def prune_checkpoints(root: Path, keep: int) -> None:

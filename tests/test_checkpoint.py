@@ -1,0 +1,155 @@
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+
+from fasttune import checkpoint
+from fasttune.checkpoint import (
+    check_same_tensors,
+    damage,
+    find_checkpoint,
+    list_checkpoints,
+    load_checkpoint,
+    prune_checkpoints,
+    save_checkpoint,
+)
+from fasttune.errors import CheckpointError, StorageError
+
+
+def _groups(step, size=8):
+    generator = torch.Generator().manual_seed(step)
+    return {
+        "trainable": {"a.lora_A": torch.randn(size, 3, generator=generator)},
+        "optimizer": {
+            "a.lora_A/exp_avg": torch.randn(size, 3, generator=generator).to(torch.bfloat16),
+            "a.lora_A/step": torch.tensor(float(step)),
+        },
+        "ema": {},
+    }
+
+
+def test_round_trip_is_bitwise_and_keeps_dtypes(tmp_path):
+    groups = _groups(5)
+    path = save_checkpoint(tmp_path, 5, groups, {"optimizer": {"lr": 0.1}})
+    back = load_checkpoint(path)
+    assert back.step == 5 and back.state["optimizer"] == {"lr": 0.1}
+    assert set(back.groups) == {"trainable", "optimizer"}
+    for name, tensors in back.groups.items():
+        for key, tensor in tensors.items():
+            assert tensor.dtype == groups[name][key].dtype
+            assert torch.equal(tensor, groups[name][key])
+
+
+@pytest.mark.parametrize("harm", ["truncate", "flip", "remove", "json", "no_json", "empty"])
+def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_used(tmp_path, caplog, harm):
+    save_checkpoint(tmp_path, 10, _groups(10), {})
+    newest = save_checkpoint(tmp_path, 20, _groups(20), {})
+    weights = newest / "trainable.safetensors"
+    if harm == "truncate":
+        os.truncate(weights, weights.stat().st_size - 4)
+    elif harm == "flip":
+        data = bytearray(weights.read_bytes())
+        data[-1] ^= 1
+        weights.write_bytes(data)
+    elif harm == "remove":
+        weights.unlink()
+    elif harm == "json":
+        (newest / "state.json").write_text('{"format": 1, "ste')
+    elif harm == "no_json":
+        (newest / "state.json").unlink()
+    else:
+        shutil.rmtree(newest)
+        newest.mkdir()
+    assert damage(newest)
+    assert find_checkpoint(tmp_path, "latest").step == 10
+    assert str(newest) in caplog.text
+    with pytest.raises(CheckpointError, match="step-000020"):
+        find_checkpoint(tmp_path, str(newest))
+    again = save_checkpoint(tmp_path, 20, _groups(20), {})  # training reaches step 20 once more
+    assert damage(again) is None and len(list_checkpoints(tmp_path)) == 2
+    assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
+
+
+def test_all_damaged_or_none_is_an_error_not_a_restart(tmp_path):
+    with pytest.raises(CheckpointError, match="no checkpoint to resume from"):
+        find_checkpoint(tmp_path / "absent", "latest")
+    path = save_checkpoint(tmp_path, 1, _groups(1), {})
+    (path / "state.json").unlink()
+    with pytest.raises(CheckpointError, match="all 1 checkpoints are damaged"):
+        find_checkpoint(tmp_path, "latest")
+
+
+def test_prune_keeps_the_newest(tmp_path):
+    for step in (1, 2, 999999, 1000000):
+        save_checkpoint(tmp_path, step, _groups(step), {})
+    prune_checkpoints(tmp_path, 2)
+    assert [p.name for p in list_checkpoints(tmp_path)] == ["step-999999", "step-1000000"]
+    prune_checkpoints(tmp_path, 0)
+    assert len(list_checkpoints(tmp_path)) == 2
+
+
+def test_a_full_disk_leaves_earlier_checkpoints_and_no_remains(tmp_path, monkeypatch):
+    first = save_checkpoint(tmp_path, 1, _groups(1), {})
+
+    def full(tensors, path):
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(StorageError, match=r"step-000002.*No space left.*Earlier .* intact"):
+        save_checkpoint(tmp_path, 2, _groups(2), {})
+    assert os.listdir(tmp_path) == [first.name] and damage(first) is None
+
+
+def test_another_model_is_refused_with_names(tmp_path):
+    saved = {"a": torch.zeros(2), "b": torch.zeros(2)}
+    current = {"a": torch.zeros(3), "c": torch.zeros(2)}
+    with pytest.raises(CheckpointError) as error:
+        check_same_tensors(tmp_path, saved, current)
+    assert all(
+        text in str(error.value)
+        for text in ("c is missing", "b is not trained", "a has shape (2,) instead of (3,)")
+    )
+    check_same_tensors(tmp_path, saved, dict(saved))
+
+
+def test_sigkill_while_writing_never_leaves_half_a_checkpoint(tmp_path):
+    """A process that writes checkpoints in a loop is killed at six moments; whatever is there under a
+    final name must be whole."""
+    program = textwrap.dedent("""
+        import sys, torch
+        from pathlib import Path
+        from fasttune.checkpoint import save_checkpoint, prune_checkpoints
+        root, start = Path(sys.argv[1]), int(sys.argv[2])
+        torch.set_num_threads(1)
+        groups = {"trainable": {"w": torch.randn(1 << 20)}, "optimizer": {"m": torch.randn(1 << 20)}}
+        print("ready", flush=True)
+        for step in range(start, start + 10000):
+            save_checkpoint(root, step, groups, {})
+            prune_checkpoints(root, 2)
+    """)
+    start = 1
+    for kill in range(6):
+        process = subprocess.Popen(
+            [sys.executable, "-c", program, str(tmp_path), str(start)], stdout=subprocess.PIPE
+        )
+        assert process.stdout.readline() == b"ready\n"
+        try:
+            process.wait(timeout=0.05 + 0.037 * kill)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+        paths = list_checkpoints(tmp_path)
+        assert all(damage(path) is None for path in paths)
+        assert len(paths) <= 3
+        if paths:
+            start = json.loads((paths[-1] / "state.json").read_text())["step"] + 1
+    assert start > 1
