@@ -11,10 +11,11 @@ class FasttuneError(ValueError):
 class ConfigError(FasttuneError):
     """All problems of a config, reported together, one line each."""
 
-    def __init__(self, problems: Sequence[str]) -> None:
+    def __init__(self, problems: Sequence[str], source: str | None = None) -> None:
         self.problems = tuple(problems)
+        where = source or "the config"
         count = len(self.problems)
-        head = "1 problem in the config" if count == 1 else f"{count} problems in the config"
+        head = f"1 problem in {where}" if count == 1 else f"{count} problems in {where}"
         super().__init__("\n".join([head + ":", *(f"  - {problem}" for problem in self.problems)]))
 
 
