@@ -1,0 +1,159 @@
+"""What the terminal and run.log show while a run goes on.
+
+In a terminal a bar on stderr, elsewhere (CI, nohup, a pipe) one log line at every logging step.
+tqdm's own rate and ETA are left out: they average over the first steps, which compile kernels and
+fill caches, so they start far too slow. `metrics.Rates` has the ones shown here.
+"""
+
+import logging
+import math
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TextIO
+
+from tqdm import tqdm
+
+from fasttune.errors import StorageError
+
+logger = logging.getLogger(__name__)
+
+Values = Mapping[str, float | None]
+
+_BAR_FORMAT = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}"
+
+
+def format_duration(seconds: float) -> str:
+    """Seconds as 42s, 3m05s, 2h07m or 3d04h: two units, the smaller one padded."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02d}s"
+    if whole < 86400:
+        return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+    return f"{whole // 86400}d{whole % 86400 // 3600:02d}h"
+
+
+def format_step_time(milliseconds: float) -> str:
+    """A step time with three significant digits: 4.21 ms, 385 ms, 2.46 s."""
+    if milliseconds >= 999.5:
+        seconds = milliseconds / 1000
+        return f"{seconds:.2f} s" if seconds < 10 else f"{seconds:.1f} s"
+    return f"{milliseconds:.2f} ms" if milliseconds < 10 else f"{milliseconds:.0f} ms"
+
+
+def format_values(values: Values) -> str:
+    """The readable part of a progress line; values that are missing are left out."""
+
+    def known(key: str) -> float | None:
+        value = values.get(key)
+        return value if value is not None and math.isfinite(value) else None
+
+    parts: list[str] = []
+    if (loss := known("loss_smoothed")) is not None:
+        parts.append(f"loss {loss:.4f}")
+    if (lr := known("lr")) is not None:
+        parts.append(f"lr {lr:.2e}")
+    if (step_ms := known("step_ms")) is not None:
+        parts.append(f"{format_step_time(step_ms)}/step")
+    if (rate := known("images_per_s")) is not None:
+        parts.append(f"{rate:.3g} images/s")
+    if (peak := known("peak_gib")) is not None:
+        parts.append(f"{peak:.2f} GiB")
+    if (wait := known("data_wait_share")) is not None:
+        parts.append(f"data wait {wait:.0%}")
+    if (eta := known("eta_s")) is not None:
+        parts.append(f"ETA {format_duration(eta)}")
+    return ", ".join(parts)
+
+
+class Progress:
+    """Shows how far a run of `total_steps` is; `start_step` are those an earlier start made.
+
+    A terminal at `stream` (default: stderr) gets a bar; anything else gets an INFO log line with
+    each `update` that brings values. `enabled=False` shows neither.
+    """
+
+    def __init__(
+        self,
+        *,
+        total_steps: int,
+        start_step: int = 0,
+        enabled: bool = True,
+        stream: TextIO | None = None,
+    ) -> None:
+        out = sys.stderr if stream is None else stream
+        self._total_steps = total_steps
+        self._enabled = enabled
+        self._bar: tqdm | None = None
+        if enabled and out.isatty():
+            self._bar = tqdm(
+                total=total_steps,
+                initial=start_step,
+                file=out,
+                bar_format=_BAR_FORMAT,
+                dynamic_ncols=True,
+                mininterval=0.2,
+            )
+
+    def update(self, step: int, values: Values | None = None) -> None:
+        """Move to `step`; `values` (as in metrics.jsonl, and `eta_s`) replace those shown."""
+        bar = self._bar
+        if bar is not None:
+            if values is not None:
+                bar.set_postfix_str(format_values(values), refresh=False)
+            bar.update(step - bar.n)
+        if values is not None:
+            level = logging.INFO if self._enabled and bar is None else logging.DEBUG
+            logger.log(level, "step %d/%d: %s", step, self._total_steps, format_values(values))
+
+    def note(self, message: str) -> None:
+        """Log `message`, above the bar where there is one."""
+        if self._bar is not None:
+            self._bar.clear()
+        logger.info("%s", message)
+        if self._bar is not None:
+            self._bar.refresh()
+
+    def close(self) -> None:
+        """Leave the bar as it stands; may be called twice."""
+        if self._bar is not None:
+            self._bar.refresh()
+            self._bar.close()
+            self._bar = None
+
+
+class ConsoleHandler(logging.Handler):
+    """Log records on stderr that do not tear a bar: it is cleared and drawn again below them."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            tqdm.write(self.format(record), file=sys.stderr)
+        except Exception:
+            self.handleError(record)
+
+
+def setup_run_log(run_dir: Path, verbose: bool = False) -> logging.Handler:
+    """Append everything fasttune logs, DEBUG included, to <run_dir>/run.log.
+
+    `verbose` adds file and line to each record. The caller removes the handler from
+    logging.getLogger("fasttune") and closes it at the end of the run. StorageError if the file
+    cannot be opened.
+    """
+    path = run_dir / "run.log"
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        handler = logging.FileHandler(path, encoding="utf-8")
+    except OSError as error:
+        raise StorageError(f"{path}: cannot be written ({error.strerror or error})") from error
+    handler.setLevel(logging.DEBUG)
+    where = " (%(filename)s:%(lineno)d)" if verbose else ""
+    handler.setFormatter(
+        logging.Formatter(f"%(asctime)s %(levelname)-7s %(name)s: %(message)s{where}")
+    )
+    root = logging.getLogger("fasttune")
+    root.addHandler(handler)
+    # Handlers filter by their own level; the logger itself must let DEBUG through to the file.
+    root.setLevel(logging.DEBUG)
+    return handler
