@@ -5,9 +5,7 @@ on a GPU is taken by events in its own queue. Both are read at logging steps, in
 """
 
 import json
-import logging
 import math
-import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,11 +17,13 @@ import torch
 from torch import Tensor
 
 from fasttune.errors import StorageError
-from fasttune.progress import Progress
+from fasttune.progress import Progress, setup_run_log
 from fasttune.rates import Rates, StepTimer, peak_memory_gib, reset_peak_memory
-from fasttune.trackers import Tracker
+from fasttune.run_folder import write_text
+from fasttune.trackers import Tracker, open_trackers
 
-logger = logging.getLogger(__name__)
+# The loop needs nothing beyond these.
+__all__ = ["Metrics", "MetricsFile", "open_trackers", "read_metrics", "setup_run_log"]
 
 LOSS_DECAY = 0.98
 """Decay of the smoothed loss a step: an average over about 50 steps."""
@@ -72,14 +72,9 @@ class MetricsFile:
         kept = [r for r in read_metrics(path) if r["step"] <= resume_step] if resume_step else []
         self.kept: tuple[dict[str, Any], ...] = tuple(kept)
         text = "".join(_json_line(record) for record in kept)
-        beside = path.with_name(path.name + ".tmp")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with beside.open("w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(beside, path)
+            write_text(path, text)
             self._file = path.open("a", encoding="utf-8")
         except OSError as error:
             raise _storage_error(path, error) from error
