@@ -217,6 +217,12 @@ def _timestep_clashes(config: Config) -> Iterator[Finding]:
             ("objective.timestep_sampling", "model.family"),
             f'objective.timestep_sampling = "{sampling}": an autoencoder has no timesteps; remove it',
         )
+    elif family in DDPM_FAMILIES and sampling in ("logit_normal", "mode"):
+        yield (
+            ("objective.timestep_sampling", "model.family"),
+            f'objective.timestep_sampling = "{sampling}": is made for flow matching; family '
+            f'"{family}" has "auto", "uniform", "explicit"',
+        )
     elif sampling == "explicit" and not timesteps:
         yield (
             ("objective.timestep_sampling", "objective.timesteps"),

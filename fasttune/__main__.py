@@ -1,0 +1,7 @@
+"""`python -m fasttune`."""
+
+import sys
+
+from fasttune.cli import main
+
+sys.exit(main())

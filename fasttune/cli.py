@@ -1,0 +1,260 @@
+"""The `fasttune` command.
+
+Imports nothing heavy: torch loads only after the arguments are parsed and the config is checked.
+Exit status: 0 done, 1 a bug of ours, 2 an error of the user's, 130 interrupted (143: SIGTERM).
+"""
+
+import argparse
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from fasttune import __version__
+from fasttune.errors import CheckpointError, ConfigError, FasttuneError
+
+Command = Callable[[argparse.Namespace], int]
+
+OVERRIDES_HELP = "keys over the config's, such as train.steps=100 or data.0.path=photos"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns the exit status."""
+    args = _parse(argv)
+    _set_up_logging(verbose=args.verbose)
+    command: Command = args.command
+    try:
+        return command(args)
+    except FasttuneError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (KeyboardInterrupt, EOFError):
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader of our output, such as `head`, has left. Python would complain at exit.
+        sys.stdout = None  # type: ignore[assignment]
+        return 1
+    except Exception:
+        # Through the logger, so that a run's log file has it too.
+        logging.getLogger("fasttune").exception("This is a bug in fasttune. Please report it:")
+        return 1
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments. argparse takes key=value only in one place; here they may stand anywhere."""
+    parser = _parser()
+    args, rest = parser.parse_known_args(argv)
+    misplaced = [text for text in rest if text.startswith("-") or "=" not in text]
+    if misplaced or (rest and not hasattr(args, "overrides")):
+        parser.error(f"unrecognized arguments: {' '.join(misplaced or rest)}")
+    if rest:
+        args.overrides = [*args.overrides, *rest]
+    return args
+
+
+def _set_up_logging(*, verbose: bool) -> None:
+    """Messages of fasttune go to stderr: from INFO on, with -v all."""
+    logger = logging.getLogger("fasttune")
+    logger.setLevel(logging.DEBUG)
+    for handler in [h for h in logger.handlers if getattr(h, "is_console", False)]:
+        logger.removeHandler(handler)
+    console = _Console()
+    console.setLevel(logging.DEBUG if verbose else logging.INFO)
+    logger.addHandler(console)
+
+
+class _Console(logging.StreamHandler):  # type: ignore[type-arg]
+    """Plain text for INFO; the level's name in front of anything else."""
+
+    is_console = True
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record)
+        return text if record.levelno == logging.INFO else f"{record.levelname.lower()}: {text}"
+
+
+def _train(args: argparse.Namespace) -> int:
+    from fasttune.config_file import load_config
+
+    config = load_config(args.config, args.overrides)
+    from fasttune.train import train
+
+    return train(config, resume=args.resume, verbose=args.verbose)
+
+
+def _prepare(args: argparse.Namespace) -> int:
+    from fasttune.config_file import load_config
+
+    config = load_config(args.config, args.overrides)
+    from fasttune.prepare import prepare
+
+    prepare(config)
+    return 0
+
+
+def _sample(args: argparse.Namespace) -> int:
+    from fasttune.config_file import load_config
+
+    path, checkpoint = _locate(args.source)
+    config = load_config(path, args.overrides, check_files=False)
+    if args.weights is not None and not args.weights.exists():
+        raise CheckpointError(f"--weights {args.weights}: no such file or folder")
+    from fasttune.sample import main as sample
+
+    sample(
+        config,
+        checkpoint=checkpoint,
+        weights=args.weights,
+        prompts=args.prompt,
+        negative_prompt=args.negative_prompt,
+        seeds=args.seed,
+        resolutions=args.resolution,
+        steps=args.steps,
+        guidance_scale=args.guidance,
+        out=args.out,
+    )
+    return 0
+
+
+def _export(args: argparse.Namespace) -> int:
+    from fasttune.config_file import load_config
+
+    path, checkpoint = _locate(args.source)
+    if checkpoint is None:
+        raise CheckpointError(
+            f"{args.source}: no checkpoint here; give a run folder that has one, or the checkpoint "
+            "itself, such as runs/dog/checkpoints/step-000500"
+        )
+    overrides = [f"export.{key}={value}" for key, value in _export_keys(args)]
+    config = load_config(path, overrides, check_files=False)
+    from fasttune.export import main as export
+
+    export(
+        config,
+        checkpoint=checkpoint,
+        formats=config.export.formats,
+        dtype=config.export.dtype,
+        out=args.out,
+    )
+    return 0
+
+
+def _export_keys(args: argparse.Namespace) -> list[tuple[str, str]]:
+    """The flags as config keys, so that their clashes are checked in one place."""
+    keys = []
+    if args.format:
+        keys.append(("formats", "[" + ", ".join(f'"{name}"' for name in args.format) + "]"))
+    if args.dtype:
+        keys.append(("dtype", args.dtype))
+    return keys
+
+
+def _locate(source: Path) -> tuple[Path, Path | None]:
+    """(config file, checkpoint) of a run folder, a checkpoint folder, or a config file."""
+    if not source.exists():
+        raise ConfigError([f"{source}: no such run folder, checkpoint or config file"])
+    if source.is_file():
+        return source, None
+    if (source / "state.json").is_file():
+        config, checkpoint = source.resolve().parent.parent / "config.toml", source
+    else:
+        steps = sorted((source / "checkpoints").glob("step-*"), key=lambda p: (len(p.name), p.name))
+        config, checkpoint = source / "config.toml", steps[-1] if steps else None
+    if not config.is_file():
+        raise ConfigError([f"{source}: not a run folder, {config} is missing"])
+    return config, checkpoint
+
+
+def _init(args: argparse.Namespace) -> int:
+    from fasttune.init import QUESTIONS, init
+
+    given = {q.name: getattr(args, q.name) for q in QUESTIONS if getattr(args, q.name) is not None}
+    if args.yes or not sys.stdin.isatty():
+        ask = None
+    else:
+        ask = input
+    path = init(given, ask=ask, say=print, take_defaults=args.yes, overwrite=args.force)
+    print(f"{path} written. Next: fasttune train {path}")
+    return 0
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from fasttune.doctor import examine, to_json, to_text
+
+    findings = examine()
+    print(to_json(findings) if args.json else to_text(findings))
+    return 0
+
+
+def _schema(args: argparse.Namespace) -> int:
+    from fasttune.schema import schema_text
+
+    print(schema_text(), end="")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="fasttune",
+        description="A minimal, performance-focused trainer for image diffusion models.",
+        epilog="`fasttune COMMAND --help` says more about a command.",
+    )
+    parser.add_argument("--version", action="version", version=f"fasttune {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    def add(name: str, command: Command, text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.set_defaults(command=command)
+        sub.add_argument("-v", "--verbose", action="store_true", help="show debug messages")
+        return sub
+
+    train = add("train", _train, "Train a model as a config says; prepares the cache if needed.")
+    train.add_argument("config", type=Path, help="TOML file; `fasttune init` writes one")
+    train.add_argument("overrides", nargs="*", metavar="key=value", help=OVERRIDES_HELP)
+    train.add_argument(
+        "--resume", metavar="WHICH", help="latest, or the path of a run folder or checkpoint"
+    )
+
+    prepare = add("prepare", _prepare, "Encode images and captions into the cache.")
+    prepare.add_argument("config", type=Path, help="TOML file")
+    prepare.add_argument("overrides", nargs="*", metavar="key=value", help=OVERRIDES_HELP)
+
+    sample = add("sample", _sample, "Make images with a model, before or after training.")
+    sample.add_argument("source", type=Path, help="run folder, checkpoint, or config file")
+    sample.add_argument("overrides", nargs="*", metavar="key=value", help=OVERRIDES_HELP)
+    sample.add_argument("--prompt", action="append", help="repeat for several")
+    sample.add_argument("--negative-prompt", help="what guidance leads away from")
+    sample.add_argument("--seed", action="append", type=int, help="repeat for several")
+    sample.add_argument("--resolution", action="append", metavar="WxH", help="repeat for several")
+    sample.add_argument("--steps", type=int, help="denoising steps")
+    sample.add_argument("--guidance", type=float, help="guidance scale")
+    sample.add_argument("--weights", type=Path, help="exported weights, instead of a checkpoint's")
+    sample.add_argument("--out", type=Path, help="PNG of the grid")
+
+    export = add("export", _export, "Write the trained weights for use elsewhere.")
+    export.add_argument("source", type=Path, help="run folder (newest checkpoint) or checkpoint")
+    export.add_argument(
+        "--format",
+        action="append",
+        help="LoRA: peft, kohya, comfyui; whole network: diffusers, single_file; repeat for several",
+    )
+    export.add_argument("--dtype", help="bf16, fp16 or fp32")
+    export.add_argument("--out", type=Path, help="folder; default: weights in the run folder")
+
+    init = add("init", _init, "Write a commented config; in a terminal, asks for what is missing.")
+    init.add_argument("--family", help="flux, sdxl, sd1 or sd2")
+    init.add_argument("--method", help="lora or full")
+    init.add_argument("--card", help='such as "RTX 4090"; cpu for none')
+    init.add_argument("--vram", help="memory of the card, such as 24GiB; instead of --card")
+    init.add_argument("--data", help="folder with the images")
+    init.add_argument("--caption", help="caption of every image, where the folder has none")
+    init.add_argument("--model", help="diffusers folder or hub id")
+    init.add_argument("--prompt", help="prompt of the images sampled during training")
+    init.add_argument("--out", help="the config to write")
+    init.add_argument("--yes", action="store_true", help="take the default for what is missing")
+    init.add_argument("--force", action="store_true", help="write over an existing config")
+    doctor = add("doctor", _doctor, "Say what this machine has and what each feature would use.")
+    doctor.add_argument("--json", action="store_true", help="for machines")
+    add("schema", _schema, "Print the JSON schema of the config.")
+    return parser
