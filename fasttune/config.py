@@ -168,8 +168,8 @@ class Objective:
     """Rescales the schedule so that the last step is pure noise (arXiv 2305.08891)."""
     offset_noise: float = 0.0
     """Strength of a per-channel constant added to the noise; 0.05 is usual."""
-    loss: Literal["mse", "huber"] = "mse"
-    """huber is quadratic below huber_delta and linear beyond."""
+    loss: Literal["mse", "huber", "l1"] = "mse"
+    """huber is the square below huber_delta and linear beyond; l1 is the absolute error."""
     huber_delta: float = 0.1
     """Where huber turns linear."""
     guidance: float = 1.0

@@ -74,7 +74,8 @@ def resolution_mu(
 
 def time_shift(mu: float, sigma: Tensor) -> Tensor:
     """Flux's exponential shift e^mu / (e^mu + 1 / sigma - 1): `static_shift` by e^mu. 0 -> 0."""
-    return math.exp(mu) / (math.exp(mu) + (1 / sigma - 1))
+    e_mu = torch.tensor(math.exp(mu), dtype=sigma.dtype)
+    return e_mu / (e_mu + (1 / sigma - 1))  # a tensor: number / tensor rounds twice in torch
 
 
 def static_shift(s: float, sigma: Tensor) -> Tensor:

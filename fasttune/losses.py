@@ -5,7 +5,7 @@ from typing import Literal
 from torch import Tensor
 from torch.nn.functional import huber_loss, l1_loss, mse_loss
 
-LossName = Literal["mse", "huber"]
+LossName = Literal["mse", "huber", "l1"]
 
 
 def mse(prediction: Tensor, target: Tensor) -> Tensor:
@@ -32,4 +32,6 @@ def distance(prediction: Tensor, target: Tensor, *, loss: LossName, huber_delta:
     """The loss by its name in the config: (B, ...), (B, ...) -> (B,) float32."""
     if loss == "mse":
         return mse(prediction, target)
+    if loss == "l1":
+        return l1(prediction, target)
     return huber(prediction, target, delta=huber_delta)
