@@ -7,6 +7,7 @@ fill caches, so they start far too slow. `metrics.Rates` has the ones shown here
 
 import logging
 import math
+import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -50,22 +51,33 @@ def format_values(values: Values) -> str:
         value = values.get(key)
         return value if value is not None and math.isfinite(value) else None
 
+    # What matters most comes first: a narrow terminal cuts the line at its right end.
     parts: list[str] = []
     if (loss := known("loss_smoothed")) is not None:
         parts.append(f"loss {loss:.4f}")
-    if (lr := known("lr")) is not None:
-        parts.append(f"lr {lr:.2e}")
     if (step_ms := known("step_ms")) is not None:
         parts.append(f"{format_step_time(step_ms)}/step")
+    if (eta := known("eta_s")) is not None:
+        parts.append(f"ETA {format_duration(eta)}")
+    if (lr := known("lr")) is not None:
+        parts.append(f"lr {lr:.2e}")
     if (rate := known("images_per_s")) is not None:
         parts.append(f"{rate:.3g} images/s")
     if (peak := known("peak_gib")) is not None:
         parts.append(f"{peak:.2f} GiB")
     if (wait := known("data_wait_share")) is not None:
         parts.append(f"data wait {wait:.0%}")
-    if (eta := known("eta_s")) is not None:
-        parts.append(f"ETA {format_duration(eta)}")
     return ", ".join(parts)
+
+
+def _has_terminal(stream: TextIO) -> bool:
+    """Whether a bar can be drawn there: some containers have terminals of zero columns."""
+    if not stream.isatty():
+        return False
+    try:
+        return os.get_terminal_size(stream.fileno()).columns > 0
+    except OSError:
+        return False
 
 
 class Progress:
@@ -87,7 +99,7 @@ class Progress:
         self._total_steps = total_steps
         self._enabled = enabled
         self._bar: tqdm | None = None
-        if enabled and out.isatty():
+        if enabled and _has_terminal(out):
             self._bar = tqdm(
                 total=total_steps,
                 initial=start_step,
@@ -96,6 +108,8 @@ class Progress:
                 dynamic_ncols=True,
                 mininterval=0.2,
             )
+            for handler in self._console_handlers():
+                handler.addFilter(self._make_room)
 
     def update(self, step: int, values: Values | None = None) -> None:
         """Move to `step`; `values` (as in metrics.jsonl, and `eta_s`) replace those shown."""
@@ -110,8 +124,6 @@ class Progress:
 
     def note(self, message: str) -> None:
         """Log `message`, above the bar where there is one."""
-        if self._bar is not None:
-            self._bar.clear()
         logger.info("%s", message)
         if self._bar is not None:
             self._bar.refresh()
@@ -122,16 +134,23 @@ class Progress:
             self._bar.refresh()
             self._bar.close()
             self._bar = None
+            for handler in self._console_handlers():
+                handler.removeFilter(self._make_room)
 
+    @staticmethod
+    def _console_handlers() -> list[logging.Handler]:
+        return [
+            handler
+            for handler in logging.getLogger("fasttune").handlers
+            if isinstance(handler, logging.StreamHandler)
+            and not isinstance(handler, logging.FileHandler)
+        ]
 
-class ConsoleHandler(logging.Handler):
-    """Log records on stderr that do not tear a bar: it is cleared and drawn again below them."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        try:
-            tqdm.write(self.format(record), file=sys.stderr)
-        except Exception:
-            self.handleError(record)
+    def _make_room(self, record: logging.LogRecord) -> bool:
+        """Clears the bar's line just before a record is written there; the next step redraws it."""
+        if self._bar is not None:
+            self._bar.clear()
+        return True
 
 
 def setup_run_log(run_dir: Path, verbose: bool = False) -> logging.Handler:
