@@ -156,11 +156,13 @@ def _locate(source: Path) -> tuple[Path, Path | None]:
         raise ConfigError([f"{source}: no such run folder, checkpoint or config file"])
     if source.is_file():
         return source, None
+    checkpoint: Path | None
     if (source / "state.json").is_file():
-        config, checkpoint = source.resolve().parent.parent / "config.toml", source
+        run, checkpoint = source.resolve().parent.parent, source
     else:
-        steps = sorted((source / "checkpoints").glob("step-*"), key=lambda p: (len(p.name), p.name))
-        config, checkpoint = source / "config.toml", steps[-1] if steps else None
+        steps = list((source / "checkpoints").glob("step-*"))
+        run, checkpoint = source, max(steps, key=lambda p: (len(p.name), p.name), default=None)
+    config = run / "config.toml"
     if not config.is_file():
         raise ConfigError([f"{source}: not a run folder, {config} is missing"])
     return config, checkpoint
@@ -170,12 +172,11 @@ def _init(args: argparse.Namespace) -> int:
     from fasttune.init import QUESTIONS, init
 
     given = {q.name: getattr(args, q.name) for q in QUESTIONS if getattr(args, q.name) is not None}
-    if args.yes or not sys.stdin.isatty():
-        ask = None
-    else:
-        ask = input
-    path = init(given, ask=ask, say=print, take_defaults=args.yes, overwrite=args.force)
-    print(f"{path} written. Next: fasttune train {path}")
+    if args.vram is not None:
+        given["card"] = args.vram
+    ask = None if args.yes or not sys.stdin.isatty() else input
+    written = init(given, ask=ask, say=print, take_defaults=args.yes, overwrite=args.force)
+    print(f"{written} written. Next: fasttune train {written}")
     return 0
 
 
@@ -245,8 +246,9 @@ def _parser() -> argparse.ArgumentParser:
     init = add("init", _init, "Write a commented config; in a terminal, asks for what is missing.")
     init.add_argument("--family", help="flux, sdxl, sd1 or sd2")
     init.add_argument("--method", help="lora or full")
-    init.add_argument("--card", help='such as "RTX 4090"; cpu for none')
-    init.add_argument("--vram", help="memory of the card, such as 24GiB; instead of --card")
+    card = init.add_mutually_exclusive_group()
+    card.add_argument("--card", help='such as "RTX 4090"; cpu for none')
+    card.add_argument("--vram", help="memory of the card, such as 24GiB")
     init.add_argument("--data", help="folder with the images")
     init.add_argument("--caption", help="caption of every image, where the folder has none")
     init.add_argument("--model", help="diffusers folder or hub id")

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from difflib import get_close_matches
 from functools import cache
+from itertools import chain
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -82,19 +83,29 @@ def load_config(
     Raises ConfigError with every problem found.
     """
     tables = {} if path is None else read_toml(Path(path))
+    source = None if path is None else str(path)
+    return config_from_tables(tables, overrides, check_files=check_files, source=source)
+
+
+def config_from_tables(
+    tables: dict[str, Any],
+    overrides: Sequence[str] = (),
+    *,
+    check_files: bool = True,
+    source: str | None = None,
+) -> Config:
+    """As `load_config`, from tables as tomllib gives them; `source` names them in errors."""
     problems = _Problems()
+    tables = {k: dict(v) if isinstance(v, dict) else v for k, v in tables.items()}
     sources = _sources(tables, problems)
     _apply_overrides(tables, sources, overrides, problems)
     config = _build(tables, sources, problems)
-    for keys, line in clashes(config):
+    findings = chain(clashes(config), machine_problems(config) if check_files else ())
+    for keys, line in findings:
         if not problems.keys.intersection(keys):
             problems.lines.append(line)
-    if check_files:
-        for keys, line in machine_problems(config):
-            if not problems.keys.intersection(keys):
-                problems.lines.append(line)
     if problems.lines:
-        raise ConfigError(problems.lines, source=None if path is None else str(path))
+        raise ConfigError(problems.lines, source=source)
     return config
 
 
