@@ -42,6 +42,8 @@ class ModelSpec:
     """One family."""
 
     family: str
+    class_name: str
+    """Class of the network in diffusers, as config.json names it."""
     denoiser_folder: str
     """Sub-folder of a diffusers layout with the trained network: "unet", "transformer"."""
     objective: Literal["flow_matching", "ddpm", "reconstruction"]
