@@ -87,7 +87,7 @@ def read_lora(path: Path, shapes: Shapes) -> tuple[dict[str, LoraPair], list[str
     """
     try:
         with safe_open(path, framework="pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            tensors = {key: file.get_tensor(key) for key in file.keys()}
     except (OSError, SafetensorError) as error:
         raise _refused(path, f"cannot be read ({error}); give a .safetensors LoRA file") from error
     return parse_lora(tensors, shapes, origin=path)
@@ -119,7 +119,7 @@ def parse_lora(
             f"has {what}, which this network does not know; only a plain LoRA (no LoHa, LoKr, DoRA) "
             "of the same family, in PEFT, kohya or ComfyUI keys, can be the start",
         )
-    lora = {}
+    lora: dict[str, LoraPair] = {}
     for (is_original, name), parts in found.items():
         if "A" not in parts or "B" not in parts:
             raise _refused(origin, f"has only one half of the pair of {name}; the file is damaged")

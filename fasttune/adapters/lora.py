@@ -50,8 +50,8 @@ class LoraPair(NamedTuple):
 class _Adapted(nn.Module):
     """What adapted Linear and Conv2d share."""
 
-    lora_A: nn.Parameter
-    lora_B: nn.Parameter
+    lora_A: nn.Parameter  # noqa: N815  # the names of the paper and of every LoRA file
+    lora_B: nn.Parameter  # noqa: N815
     lora_alpha: float
     lora_dropout: float
 
@@ -222,7 +222,7 @@ def set_lora_(model: nn.Module, lora: Mapping[str, LoraPair], *, origin: str) ->
 
 
 @cache
-def _adapted_class(base: type[nn.Module]) -> type[nn.Module]:
+def _adapted_class(base: type) -> type:
     mixin = _AdaptedConv2d if issubclass(base, nn.Conv2d) else _AdaptedLinear
     return type(f"Lora{base.__name__}", (mixin, base), {"__module__": __name__})
 
