@@ -143,7 +143,7 @@ def _toml_problem(path: Path, text: str, message: str) -> str:
     return f"{path}:{row}:{column}: invalid TOML: {what}\n        {line}\n        {' ' * (column - 1)}^"
 
 
-def _sources(tables: dict[str, Any], problems: _Problems) -> list[Any]:
+def _sources(tables: dict[str, Any], problems: _Problems) -> list[dict[str, Any]]:
     """The tables under [[data]], as a list of its own."""
     given = tables.get("data", [])
     if isinstance(given, dict):
@@ -154,11 +154,17 @@ def _sources(tables: dict[str, Any], problems: _Problems) -> list[Any]:
     if not isinstance(given, list):
         problems.add(f"data = {toml_value(given)}: expected [[data]] tables", "data")
         return []
-    return list(given)
+    for i, item in enumerate(given):
+        if not isinstance(item, dict):
+            problems.add(f"data.{i} = {toml_value(item)}: expected a table, [[data]]", "data")
+    return [item for item in given if isinstance(item, dict)]
 
 
 def _apply_overrides(
-    tables: dict[str, Any], sources: list[Any], overrides: Sequence[str], problems: _Problems
+    tables: dict[str, Any],
+    sources: list[dict[str, Any]],
+    overrides: Sequence[str],
+    problems: _Problems,
 ) -> None:
     """Puts command-line values over the file's, in place."""
     num_in_file = len(sources)
@@ -180,7 +186,11 @@ def _apply_overrides(
 
 
 def _override_source(
-    sources: list[Any], num_in_file: int, parts: list[str], text: str, problems: _Problems
+    sources: list[dict[str, Any]],
+    num_in_file: int,
+    parts: list[str],
+    text: str,
+    problems: _Problems,
 ) -> None:
     index = parts[1] if len(parts) == 3 else "0"
     label = ".".join(parts)
@@ -195,11 +205,11 @@ def _override_source(
     elif not index.isascii() or not index.isdigit() or int(index) >= len(sources):
         names = ", ".join(f"data.{i}" for i in range(len(sources)))
         problems.add(f"{label}: no such source; the config has {names}")
-    elif isinstance(sources[int(index)], dict):
+    else:
         sources[int(index)] = sources[int(index)] | {parts[-1]: typed(text)}
 
 
-def _build(tables: Mapping[str, Any], sources: list[Any], problems: _Problems) -> Config:
+def _build(tables: Mapping[str, Any], sources: list[dict[str, Any]], problems: _Problems) -> Config:
     sections = section_types()
     for name, value in tables.items():
         if name in sections:
@@ -222,8 +232,7 @@ def _build(tables: Mapping[str, Any], sources: list[Any], problems: _Problems) -
     if not sources and "data" not in problems.keys:
         problems.add("[[data]]: missing; at least one source of images, with its path", "data")
     built["data"] = tuple(
-        _section(Data, "data", f"data.{i}", source if isinstance(source, dict) else {}, problems)
-        for i, source in enumerate(sources)
+        _section(Data, "data", f"data.{i}", source, problems) for i, source in enumerate(sources)
     )
     return Config(**built)
 

@@ -69,7 +69,7 @@ METHODS = ("lora", "full")
 
 # Marketing name, lower case -> memory in GiB. The longest name found in the given text counts.
 CARDS = {
-    "a10": 24, "a100": 40, "a100 80gb": 80, "a40": 48, "a5000": 24, "a6000": 48,
+    "a10": 24, "a100": 40, "a40": 48, "a5000": 24, "a6000": 48,
     "b200": 180, "gtx 1080 ti": 11, "h100": 80, "h200": 141, "l4": 24, "l40": 48, "mi210": 64,
     "mi250": 64, "mi300x": 192, "p100": 16, "rtx 2060": 6, "rtx 2070": 8, "rtx 2080": 8,
     "rtx 2080 ti": 11, "rtx 3060": 12, "rtx 3070": 8, "rtx 3080": 10, "rtx 3090": 24,
@@ -122,7 +122,12 @@ def find_card(text: str) -> Card:
             ['not in the list of cards; give its memory, such as "24GiB", or "cpu" for none']
         )
     name = max(names, key=len)
-    return Card(name=text, gib=CARDS[name], has_bf16=not name.startswith(WITHOUT_BF16))
+    stated = re.search(r"(\d+) ?gi?b", words)  # some come in two sizes: "A100 80GB"
+    return Card(
+        name=text,
+        gib=float(stated[1]) if stated else CARDS[name],
+        has_bf16=not name.startswith(WITHOUT_BF16),
+    )
 
 
 def config_tables(choices: Choices) -> dict[str, Any]:
