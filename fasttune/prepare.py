@@ -1,0 +1,315 @@
+"""`fasttune prepare`: scan the images, encode what the cache lacks, hand the loop all it needs.
+
+Text first, then images; each encoder is opened when something is missing, alone, and freed before
+the next. While one encodes, threads decode the images ahead. The cache is whole at any moment:
+whatever stops this, the next start goes on from the last shard.
+"""
+
+import dataclasses
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import PIL
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from fasttune.config import Config, Data
+from fasttune.data import buckets as aspect
+from fasttune.data.cache import Cache, folder_identity, make_key
+from fasttune.data.encode import EncodeImages, Encoders, encode_images, encode_text, text_key
+from fasttune.data.images import ENCODING_VERSION, BadImageError
+from fasttune.data.loader import CachedSample, Reader
+from fasttune.data.samples import BadFile, ImageFile, Sample, Scan, scan
+from fasttune.data.summary import Summary, count_samples
+from fasttune.device import place, short
+from fasttune.errors import DatasetError
+from fasttune.models import MODELS
+from fasttune.models.autoencoder import downscale, encode_moments, load_autoencoder
+from fasttune.models.weights import component_patterns, read_config, resolve_model
+from fasttune.run_folder import write_text
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prepared:
+    """Everything the loop needs of data and cache."""
+
+    folder: Path
+    """The model's folder."""
+    train: list[CachedSample]
+    held_out: list[CachedSample]
+    reader: Reader
+    summary: Summary
+    bad_files: list[BadFile]
+    warnings: list[BadFile]
+    cache: Cache
+
+    def conditions(
+        self, prompts: Sequence[str], device: torch.device | str = "cpu"
+    ) -> dict[str, Tensor]:
+        """Conditions of captions, validation prompts or the negative prompt, batch first."""
+        return self.reader.conditions([text_key(prompt) for prompt in prompts], device)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Model:
+    """The frozen parts of the config's model, found and identified but not loaded."""
+
+    folder: Path
+    multiple: int
+    """Images are brought to multiples of this many pixels."""
+    encoders: Encoders
+
+
+def open_model(config: Config) -> Model:
+    """Finds the model (a hub id is downloaded). Raises ModelError."""
+    spec = MODELS[config.model.family]
+    placement = place(
+        device=config.run.device,
+        base=config.precision.base,
+        compute=config.precision.compute,
+        adapter=config.adapter.type != "none",
+    )
+    device, compute = placement.device, placement.compute_dtype
+    components = (spec.denoiser_folder, "vae", "text_encoder*", "tokenizer*", "scheduler")
+    folder = resolve_model(
+        config.model.path, config.model.revision, component_patterns(*components)
+    )
+    latent_multiple = spec.latent_multiple(read_config(folder, spec.denoiser_folder))
+    pixels = spec.objective == "reconstruction"
+
+    def open_autoencoder() -> EncodeImages:
+        # float32: the reference pipelines upcast SDXL's, and encoding happens once.
+        vae = load_autoencoder(folder, device=device, dtype=torch.float32)
+        return lambda images: encode_moments(vae, images)
+
+    storage = config.cache.text_storage
+    openers = spec.open_text_encoders(folder, device, compute)
+    text_files = ("text_encoder*", "tokenizer*", f"{spec.denoiser_folder}/config.json")
+    encoders = Encoders(
+        image_identity="pixels" if pixels else folder_identity(folder, ("vae",), "fp32"),
+        text_identity=(
+            folder_identity(folder, text_files, spec.family, short(compute)) if openers else ""
+        ),
+        open_autoencoder=None if pixels else open_autoencoder,
+        open_text=tuple(openers),
+        merge_text=spec.merge_text,
+        empty_caption_is_zero=spec.empty_caption_is_zero,
+        text_storage=short(compute) if storage == "auto" else storage,  # type: ignore[arg-type]
+    )
+    multiple = latent_multiple * (1 if pixels else downscale(read_config(folder, "vae")))
+    return Model(folder=folder, multiple=multiple, encoders=encoders)
+
+
+def prepare(
+    config: Config, *, progress: bool | None = None, model: Model | None = None
+) -> Prepared:
+    """Scans, encodes what is missing and opens the cache.
+
+    `progress` None shows bars when stderr is a terminal. `model` takes the place of the
+    config's own. Raises DatasetError for data that cannot be used (with on_bad_file = "fail" for
+    the first bad file), StorageError for a full disk, ModelError for the model.
+    """
+    started = time.perf_counter()
+    model = model or open_model(config)
+    encoders = model.encoders
+    hidden = not (sys.stderr.isatty() if progress is None else progress)
+    workers = config.cache.workers or os.cpu_count() or 1
+    cache = Cache(config.cache.dir)
+    try:
+        sources = _sources(config)
+        scans = _scan_all(sources, cache, workers, hidden)
+        samples = [
+            cached
+            for source, found in zip(sources, scans, strict=True)
+            for cached in _plan_source(source, found.samples, config.run.seed, model.multiple)
+        ]
+        bad_files = [bad for found in scans for bad in found.bad_files]
+        _stop_if_unusable(config, sources, bad_files, samples)
+
+        texts = [cache.space("text", f"{encoders.text_identity}-{i}-{encoders.text_storage}")
+                 for i in range(len(encoders.open_text))]  # fmt: skip
+        prompts = [*config.validation.prompts, config.validation.negative_prompt]
+        captions = ["", *(p.strip() for p in prompts), *(s.sample.caption for s in samples)]
+        num_captions = encode_text(
+            list(dict.fromkeys(captions)), texts, encoders, config.cache.batch_size, hidden
+        )
+        storage = "pixels" if encoders.open_autoencoder is None else config.cache.latents
+        space = cache.space(
+            "latents", f"{encoders.image_identity}-{ENCODING_VERSION}-{storage}-fp16"
+        )
+        num_images, failures = encode_images(
+            samples, space, encoders, storage, config.cache.batch_size, workers, hidden
+        )
+        _remember(cache, failures)
+        failed = [BadFile(error.path, error.reason) for _, error in failures]
+        gone = {file.path for file in failed}
+        samples = [cached for cached in samples if cached.sample.path not in gone]
+        _stop_if_unusable(config, sources, failed, samples, bad_files)
+        bad_files += failed
+        warnings = [warning for found in scans for warning in found.warnings]
+    except BaseException:
+        cache.close()
+        raise
+    summary = Summary(
+        images_per_source={
+            source.path: len({c.sample.path for c in samples if c.sample.source == number})
+            for number, source in enumerate(sources)
+        },
+        **count_samples(samples, model.multiple),  # type: ignore[arg-type]
+        bad_files=tuple(bad_files),
+        warnings=tuple(warnings),
+        num_encoded_images=num_images,
+        num_encoded_captions=num_captions,
+        cache_dir=str(cache.folder),
+        seconds=time.perf_counter() - started,
+    )
+    log.info("%s", summary)
+    reader = Reader(
+        latents=space,
+        text=tuple(texts),
+        merge_text=encoders.merge_text,
+        empty_key=text_key(""),
+        empty_caption_is_zero=encoders.empty_caption_is_zero,
+    )
+    return Prepared(
+        folder=model.folder,
+        train=[cached for cached in samples if not cached.sample.held_out],
+        held_out=[cached for cached in samples if cached.sample.held_out],
+        reader=reader,
+        summary=summary,
+        bad_files=bad_files,
+        warnings=warnings,
+        cache=cache,
+    )
+
+
+def write_bad_files(path: Path, prepared: Prepared) -> None:
+    """JSON with the skipped files and the captions that fit no image, each with its reason."""
+    content = {
+        "bad_files": [dataclasses.asdict(file) for file in prepared.bad_files],
+        "warnings": [dataclasses.asdict(file) for file in prepared.warnings],
+    }
+    write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+def _sources(config: Config) -> list[Data]:
+    """The sources of the config; the held-out folder is one of which everything is held out."""
+    sources = list(config.data)
+    if config.validation.held_out_path is not None:
+        path = config.validation.held_out_path
+        sources.append(dataclasses.replace(sources[0], path=path, held_out=1.0, crop="center"))
+    return sources
+
+
+def _scan_all(sources: Sequence[Data], cache: Cache, workers: int, hidden: bool) -> list[Scan]:
+    known = cache.image_files(PIL.__version__)
+    scans = []
+    for number, source in enumerate(sources):
+        with tqdm(desc=f"scan {source.path}", unit="file", disable=hidden, leave=False) as bar:
+            found = scan(
+                number,
+                source.path,
+                captions=source.captions,
+                caption=source.caption,
+                caption_file=source.caption_file,
+                image_column=source.image_column,
+                caption_column=source.caption_column,
+                repeats=source.repeats,
+                held_out=source.held_out,
+                known=known,
+                workers=workers,
+                on_measured=bar.update,
+            )
+        if found.measured:
+            cache.remember_image_files(found.measured, PIL.__version__)
+        scans.append(found)
+    return scans
+
+
+def _plan_source(
+    source: Data, samples: Sequence[Sample], seed: int, multiple: int
+) -> Iterator[CachedSample]:
+    sizes = aspect.make_buckets(
+        resolution=source.resolution,
+        resolution_type=source.resolution_type,
+        multiple=multiple,
+        max_aspect=source.max_aspect,
+        aspect_buckets=source.aspect_buckets,
+    )
+    plans: dict[tuple[int, int], aspect.CropPlan] = {}
+    for sample in samples:
+        size = (sample.width, sample.height)
+        if source.crop == "random" and not sample.held_out:
+            crop_plan = aspect.plan(
+                *size,
+                buckets=sizes,
+                crop="random",
+                seed=seed,
+                name=sample.name,
+                repeat=sample.repeat,
+            )
+        elif size in plans:
+            crop_plan = plans[size]
+        else:
+            # held-out images keep one crop, whatever the repeats
+            fixed: Literal["center", "corner"] = "corner" if source.crop == "corner" else "center"
+            crop_plan = plans[size] = aspect.plan(*size, buckets=sizes, crop=fixed)
+        p = crop_plan
+        key = make_key(
+            sample.path,
+            sample.file_size,
+            sample.mtime_ns,
+            f"{p.resize_width} {p.resize_height} {p.left} {p.top}",
+            f"{p.target_width} {p.target_height}",
+        )
+        yield CachedSample(sample, crop_plan, key, text_key(sample.caption))
+
+
+def _stop_if_unusable(
+    config: Config,
+    sources: Sequence[Data],
+    bad_files: Sequence[BadFile],
+    samples: Sequence[CachedSample],
+    earlier: Sequence[BadFile] = (),
+) -> None:
+    if bad_files and any(source.on_bad_file == "fail" for source in config.data):
+        strict = [s.on_bad_file == "fail" for s in sources]
+        roots = [
+            os.path.abspath(s.path) + "/" for s, fails in zip(sources, strict, strict=True) if fails
+        ]
+        for bad in bad_files:
+            if bad.path.startswith(tuple(roots)):
+                raise DatasetError(
+                    f"{bad.path}: {bad.reason}. Mend or remove it, or set "
+                    'data.on_bad_file = "skip" to go on without it'
+                )
+    if any(not cached.sample.held_out for cached in samples):
+        return
+    paths = ", ".join(source.path for source in config.data)
+    listed = "".join(f"\n  {bad.path}: {bad.reason}" for bad in [*earlier, *bad_files][:10])
+    if samples:
+        raise DatasetError(
+            f"{paths}: all {len(samples)} usable images are held out; lower data.held_out{listed}"
+        )
+    raise DatasetError(f"{paths}: no image can be used; the first reasons are:{listed}")
+
+
+def _remember(cache: Cache, failures: Sequence[tuple[Sample, BadImageError]]) -> None:
+    """Files that turned out damaged are not decoded again until they change."""
+    files = {
+        sample.path: ImageFile(sample.file_size, sample.mtime_ns, 0, 0, error.reason)
+        for sample, error in failures
+        if error.lasting
+    }
+    if files:
+        cache.remember_image_files(files, PIL.__version__)
