@@ -100,11 +100,13 @@ def _sample(args: argparse.Namespace) -> int:
     config = load_config(path, args.overrides, check_files=False)
     if args.weights is not None and not args.weights.exists():
         raise CheckpointError(f"--weights {args.weights}: no such file or folder")
+    if args.weights is None and checkpoint is None and args.source.is_dir():
+        raise CheckpointError(f"{args.source}: no checkpoint yet; give --weights, or a config file")
     from fasttune.sample import main as sample
 
     sample(
         config,
-        checkpoint=checkpoint,
+        checkpoint=None if args.weights is not None else checkpoint,
         weights=args.weights,
         prompts=args.prompt,
         negative_prompt=args.negative_prompt,
