@@ -48,7 +48,7 @@ def lora_tensors(
 ) -> dict[str, Tensor]:
     """The tensors of a LoRA file. Folding and joining are done in float32, alphas stay in it."""
     lora = {name: LoraPair(p.A.float(), p.B.float(), p.alpha) for name, p in lora.items()}
-    prefix = "transformer" if _is_flux(shapes) else "unet"
+    prefix = "transformer" if _is_flux(shapes) else "unet" if original_places(shapes) else "vae"
     down, up, alphas = "lora_A", "lora_B", True
     if layout == "peft":
         named = {f"{prefix}.{name}": _folded(pair) for name, pair in lora.items()}
@@ -167,6 +167,7 @@ def _key_index(shapes: Shapes, places: Mapping[str, Place]) -> dict[str, tuple[b
             f"lora_transformer_{flat}",
             f"transformer.{name}",
             f"unet.{name}",
+            f"vae.{name}",
             f"base_model.model.{name}",
             name,
         ):

@@ -231,7 +231,8 @@ def _adapt(module: nn.Module, A: Tensor, B: Tensor, *, alpha: float, dropout: fl
     if isinstance(module, _Adapted):
         raise ValueError("the model has an adapter already")
     # The class of this one object: its weights, hooks and place in the parent stay untouched.
-    module.__class__ = _adapted_class(type(module))
+    base: type = type(module)
+    module.__class__ = _adapted_class(base)
     assert isinstance(module, _Adapted)
     module.lora_A = nn.Parameter(A)
     module.lora_B = nn.Parameter(B)

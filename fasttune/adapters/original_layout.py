@@ -23,11 +23,14 @@ class Place(NamedTuple):
 
 def original_places(names: Iterable[str]) -> dict[str, Place]:
     """Place of every module in `names`, the names of one network's modules. Which layout it is and
-    how many layers a block has is read from the names, so give all of them."""
+    how many layers a block has is read from the names, so give all of them. Empty for networks that
+    have diffusers names alone."""
     names = list(names)
     if any(name.startswith("single_transformer_blocks.") for name in names):
         return {name: _flux_place(name) for name in names}
-    return _unet_places(names)
+    if any(name.startswith("down_blocks.0.") for name in names):
+        return _unet_places(names)
+    return {}
 
 
 def fused_modules(places: dict[str, Place]) -> dict[str, list[str]]:
