@@ -1,0 +1,67 @@
+"""Parameters as optimizers need them: lists that one multi-tensor operation can take.
+
+One operation over many tensors launches few kernels, but holds its temporaries for all of them at
+once; chunks bound that.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+NamedParameter = tuple[str, nn.Parameter]
+
+LIMIT = 1 << 24
+"""Elements of a chunk: its float32 temporaries take 64 MiB each."""
+
+
+def named_parameters(params: Sequence[Any]) -> list[NamedParameter]:
+    """Flat (name, parameter) list of what an optimizer is built from: those pairs, or groups
+    {"params": pairs, ...}."""
+    return [
+        pair
+        for entry in params
+        for pair in (entry["params"] if isinstance(entry, dict) else [entry])
+    ]
+
+
+def chunks(
+    params: Iterable[nn.Parameter], *, same_shape: bool = False, limit: int = LIMIT
+) -> Iterator[list[nn.Parameter]]:
+    """Parameters with a gradient, in lists of one device and dtype (and shape) and about `limit`
+    elements at most; a larger parameter is alone."""
+    groups: dict[tuple[object, ...], list[nn.Parameter]] = {}
+    for p in params:
+        if p.grad is not None:
+            key = (p.device, p.dtype, p.shape if same_shape else None)
+            groups.setdefault(key, []).append(p)
+    for group in groups.values():
+        chunk: list[nn.Parameter] = []
+        elements = 0
+        for p in group:
+            if chunk and elements + p.numel() > limit:
+                yield chunk
+                chunk, elements = [], 0
+            chunk.append(p)
+            elements += p.numel()
+        yield chunk
+
+
+def float32(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """The tensors themselves where they are float32, else float32 copies."""
+    return [t.float() for t in tensors]
+
+
+def gradients(params: Iterable[nn.Parameter], found_inf: Tensor | None) -> list[Tensor]:
+    """float32 gradients, zero where `found_inf` (0-dim) says that one of them overflowed."""
+    grads = [p.grad.float() for p in params if p.grad is not None]
+    if found_inf is None:
+        return grads
+    return [torch.where(found_inf > 0, 0.0, g) for g in grads]
+
+
+def write_back_(params: list[nn.Parameter], weights: list[Tensor]) -> None:
+    """Rounds float32 `weights` into `params`; nothing to do where they are the same tensors."""
+    if params[0].dtype != torch.float32:
+        torch._foreach_copy_(list[Tensor](params), weights)
