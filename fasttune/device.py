@@ -28,8 +28,12 @@ def pick_device(name: str) -> torch.device:
         if torch.cuda.is_available():
             return torch.device("cuda")
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    found = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}
-    if name in found and not found[name]():
+    found = {
+        "cpu": True,
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+    }
+    if not found[name]:
         build = "a CPU build" if torch.version.cuda is None and torch.version.hip is None else "ok"
         raise HardwareError(
             f'run.device = "{name}" but torch {torch.__version__} finds no such device '

@@ -80,3 +80,8 @@ def component(folder: Path, name: str) -> Path:
 def cast_conditions(conditions: Conditions, dtype: torch.dtype) -> dict[str, Tensor]:
     """Floating tensors to `dtype`; masks stay bool."""
     return {k: v.to(dtype) if v.is_floating_point() else v for k, v in conditions.items()}
+
+
+def select_conditions(conditions: Conditions, *, text_mask: bool) -> dict[str, Tensor]:
+    """What the denoiser gets of the cached conditions: the text mask only if asked for."""
+    return {k: v for k, v in conditions.items() if text_mask or k != "text_mask"}

@@ -1,0 +1,113 @@
+"""From the config to the objects of a run. train.py, sample.py and export.py share these, so that
+they cannot disagree about what a config means."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from fasttune import ddpm, flow_matching
+from fasttune.adapters.lora import apply_lora
+from fasttune.config import Config
+from fasttune.ddpm import Ddpm
+from fasttune.device import Placement, place
+from fasttune.errors import ConfigError
+from fasttune.flow_matching import FlowMatching
+from fasttune.models.spec import ModelSpec
+from fasttune.models.weights import init_random, load_denoiser
+from fasttune.reconstruction import Reconstruction
+from fasttune.seeds import derive_seed
+
+log = logging.getLogger(__name__)
+
+Objective = FlowMatching | Ddpm | Reconstruction
+
+
+def placement_for(config: Config) -> Placement:
+    """Device and dtypes of the run; HardwareError if the machine cannot honour them."""
+    return place(
+        device=config.run.device,
+        base=config.precision.base,
+        compute=config.precision.compute,
+        adapter=config.adapter.type != "none",
+    )
+
+
+def scheduler_config(folder: Path) -> dict[str, Any]:
+    """scheduler/scheduler_config.json of a model folder; empty if it has none."""
+    path = folder / "scheduler" / "scheduler_config.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def objective_for(config: Config, spec: ModelSpec, folder: Path) -> Objective:
+    """The training objective: the family's and the folder's numbers, then the config's."""
+    o = config.objective
+    if spec.objective == "reconstruction":
+        return Reconstruction(kl_weight=o.kl_weight)
+    sampling = spec.timestep_sampling if o.timestep_sampling == "auto" else o.timestep_sampling
+    if spec.objective == "flow_matching":
+        flow = flow_matching.from_scheduler_config(scheduler_config(folder))
+        return FlowMatching(
+            timestep_sampling=sampling,
+            shift=flow.shift if o.shift == "auto" else o.shift,
+            logit_mean=o.logit_mean,
+            logit_std=o.logit_std,
+            mode_scale=o.mode_scale,
+            timesteps=o.timesteps,
+            loss_name=o.loss,
+            huber_delta=o.huber_delta,
+            base_shift=flow.base_shift,
+            max_shift=flow.max_shift,
+            base_seq_len=flow.base_seq_len,
+            max_seq_len=flow.max_seq_len,
+        )
+    numbers = ddpm.from_scheduler_config(scheduler_config(folder))
+    prediction = numbers.prediction if o.prediction == "auto" else o.prediction
+    if sampling not in ("uniform", "explicit") or prediction == "velocity":
+        raise ConfigError(
+            [
+                f"objective.prediction = {prediction!r}, objective.timestep_sampling = {sampling!r}: "
+                f"family {spec.family} has epsilon or v_prediction, and uniform or explicit"
+            ]
+        )
+    return Ddpm(
+        prediction=prediction,
+        timestep_sampling=sampling,  # type: ignore[arg-type]  # narrowed above
+        timesteps=o.timesteps,
+        num_train_timesteps=numbers.num_train_timesteps,
+        beta_start=numbers.beta_start,
+        beta_end=numbers.beta_end,
+        beta_schedule=numbers.beta_schedule,
+        zero_terminal_snr=o.zero_terminal_snr or numbers.zero_terminal_snr,
+        min_snr_gamma=o.min_snr_gamma,
+        loss_name=o.loss,
+        huber_delta=o.huber_delta,
+    )
+
+
+def denoiser_for(config: Config, spec: ModelSpec, folder: Path, placement: Placement) -> nn.Module:
+    """The network on its device, with an untrained adapter if the config asks for one."""
+    dtype, device = placement.base_dtype, placement.device
+    if config.model.init == "random":
+        seed = derive_seed(config.run.seed, "init")
+        denoiser = init_random(spec, folder, dtype=dtype, device=device, seed=seed)
+    else:
+        denoiser = load_denoiser(spec, folder, dtype=dtype, device=device)
+    denoiser.requires_grad_(config.adapter.type == "none")
+    if config.adapter.type == "lora":
+        targets = config.adapter.targets
+        patterns = (
+            spec.adapter_targets.get(targets, (targets,)) if isinstance(targets, str) else targets
+        )
+        names = apply_lora(
+            denoiser,
+            targets=patterns,
+            rank=config.adapter.rank,
+            alpha=config.adapter.alpha,
+            dropout=config.adapter.dropout,
+            seed=derive_seed(config.run.seed, "lora"),
+        )
+        log.info("LoRA rank %d on %d modules", config.adapter.rank, len(names))
+    return denoiser

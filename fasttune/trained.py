@@ -1,0 +1,135 @@
+"""What a run trains and what trains it: parameters, optimizer, loss scale and average."""
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fasttune.adapters.formats import load_lora
+from fasttune.checkpoint import ResumeState, check_same_tensors
+from fasttune.config import Config
+from fasttune.device import Placement
+from fasttune.errors import CheckpointError
+from fasttune.optim import build_optimizer, load_state_tensors, set_lr, state_tensors
+from fasttune.optim.clip import clip_by_global_norm_
+from fasttune.optim.ema import Ema
+from fasttune.optim.loss_scale import LossScaler
+from fasttune.optim.schedule import lr_factor
+
+
+class Trained:
+    """The trainable parameters of a network and everything whose state a checkpoint holds."""
+
+    def __init__(self, config: Config, denoiser: nn.Module, placement: Placement) -> None:
+        if config.adapter.init_from is not None:
+            load_lora(denoiser, Path(config.adapter.init_from))
+        self._config = config
+        self.parameters = {name: p for name, p in denoiser.named_parameters() if p.requires_grad}
+        o = config.optimizer
+        self._optimizer = build_optimizer(
+            o.name,
+            self.parameters.items(),
+            lr=o.lr,
+            betas=o.betas,
+            eps=o.eps,
+            weight_decay=o.weight_decay,
+        )
+        self._ema = (
+            Ema(self.parameters.items(), decay=config.ema.decay) if config.ema.enabled else None
+        )
+        fp16 = placement.compute_dtype == torch.float16
+        self._scaler = LossScaler(placement.device) if fp16 else None
+
+    def set_lr(self, step: int) -> float:
+        """Sets the learning rate of the update after `step` updates, and returns it."""
+        s = self._config.schedule
+        lr = self._config.optimizer.lr * lr_factor(
+            step,
+            name=s.name,
+            total_steps=self._config.train.steps,
+            warmup_steps=s.warmup_steps,
+            min_lr_ratio=s.min_lr_ratio,
+            cycles=s.cycles,
+            power=s.power,
+        )
+        set_lr(self._optimizer, lr)
+        return lr
+
+    def backward(self, loss: Tensor) -> None:
+        """Adds the gradients of a micro-batch's loss."""
+        (loss if self._scaler is None else self._scaler.scaled(loss)).backward()
+
+    def update(self, step: int) -> Tensor:
+        """Update number `step`, counted from 1: clips, updates weights and average, clears the
+        gradients. Returns the gradient norm before clipping, on the device."""
+        scale = None if self._scaler is None else self._scaler.scale
+        norm = clip_by_global_norm_(
+            list(self.parameters.values()), self._config.train.max_grad_norm, loss_scale=scale
+        )
+        if self._scaler is None:
+            self._optimizer.step()
+        else:
+            self._scaler.step(self._optimizer, norm)
+        self._optimizer.zero_grad(set_to_none=True)
+        if self._ema is not None:
+            self._ema.update(step)
+        return norm
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """Inside, the network has the averaged weights, if there is an average."""
+        return nullcontext() if self._ema is None else self._ema.swapped()
+
+    def state(self) -> tuple[dict[str, Mapping[str, Tensor]], dict[str, Any]]:
+        """(tensors by file, JSON) for `save_checkpoint`."""
+        tensors, numbers = state_tensors(self._optimizer)
+        groups: dict[str, Mapping[str, Tensor]] = {
+            "trainable": self.parameters,
+            "optimizer": tensors,
+        }
+        if self._ema is not None:
+            groups["ema"] = self._ema.state_tensors()
+        if self._scaler is not None:
+            groups["loss_scale"] = self._scaler.state_tensors()
+        c = self._config
+        made_by = {"family": c.model.family, "model": c.model.path, "optimizer": c.optimizer.name}
+        return groups, {"made_by": made_by, "optimizer": numbers}
+
+    @torch.no_grad()
+    def restore(self, resumed: ResumeState) -> int:
+        """Continues from a checkpoint and returns its step. CheckpointError if it is of another
+        model, adapter, optimizer or precision."""
+        saved, made_by = resumed.groups, resumed.state["made_by"]
+        check_same_tensors(resumed.path, saved["trainable"], self.parameters)
+        for key, given in (
+            ("family", self._config.model.family),
+            ("model", self._config.model.path),
+            ("optimizer", self._config.optimizer.name),
+        ):
+            if made_by[key] != given:
+                raise CheckpointError(
+                    f"{resumed.path} was trained with {key} {made_by[key]!r}, the config says "
+                    f"{given!r}; resume with the config.toml of its run folder"
+                )
+        if resumed.step > self._config.train.steps:
+            raise CheckpointError(
+                f"{resumed.path} is at step {resumed.step}, beyond train.steps = "
+                f"{self._config.train.steps}; set train.steps higher"
+            )
+        for key, part in (("ema", self._ema), ("loss_scale", self._scaler)):
+            if (part is not None) != (key in saved):
+                there = "has" if key in saved else "lacks"
+                raise CheckpointError(
+                    f"{resumed.path} {there} the state {key!r}, unlike this config; resume with the "
+                    "[ema] and [precision] it was trained with"
+                )
+        load_state_tensors(self._optimizer, saved.get("optimizer", {}), resumed.state["optimizer"])
+        for name, parameter in self.parameters.items():
+            parameter.copy_(saved["trainable"][name])
+        if self._ema is not None:
+            self._ema.load_state_tensors(saved["ema"])
+        if self._scaler is not None:
+            self._scaler.load_state_tensors(saved["loss_scale"])
+        return resumed.step
