@@ -2,44 +2,38 @@
 
 Everything is inside the file (styles, script, pictures), nothing is fetched, and the page forbids
 itself to. Each part is left out if its file is missing, so that an interrupted run has a report as
-well. Template and style are in report.html.jinja, the curves in charts.py.
+well. Template and style are in report.html.jinja, the curves in charts.py,
+pictures and text in report_files.py.
 """
 
-import base64
-import io
-import json
-import logging
-import re
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
-from PIL import Image
 
 from fasttune.charts import Line, format_number, histogram, line_chart, share_bar
 from fasttune.metrics import read_metrics
 from fasttune.progress import format_duration, format_step_time
+from fasttune.report_files import (
+    file_lists,
+    highlight_toml,
+    parse_config,
+    read_json,
+    read_text,
+    sample_grids,
+    weight_files,
+)
 from fasttune.run_folder import write_text
 
-logger = logging.getLogger(__name__)
-
-MAX_GRIDS = 24
-"""Sample grids embedded; of more, the first, the last and an even choice between."""
-
-MAX_GRID_SIDE = 1600
-"""Longer sides are scaled down to this many pixels."""
-
-MAX_PNG_BYTES = 300_000
-"""Larger pictures are embedded as JPEG."""
-
 LOG_LINES = 60
-MAX_BAD_FILES = 200
+"""Lines of run.log shown."""
+
 MAX_WEIGHT_FILES = 40
+"""Exported files listed; a diffusers folder has many small ones."""
 
 Records = Sequence[Mapping[str, Any]]
 
@@ -55,16 +49,6 @@ class Tile:
     """"better" or "worse" where the number has a good direction."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Grid:
-    """A sample grid; `source` is a data URI."""
-
-    title: str
-    source: str
-    width: int
-    file: str
-
-
 def write_report(run_dir: Path) -> Path:
     """Write <run_dir>/report.html and return its path. StorageError if it cannot be written."""
     path = run_dir / "report.html"
@@ -75,20 +59,19 @@ def write_report(run_dir: Path) -> Path:
 def render_report(run_dir: Path) -> str:
     """The page as text."""
     records = read_metrics(run_dir / "metrics.jsonl")
-    summary = _read_json(run_dir / "summary.json", dict) or {}
-    config_text = _read_text(run_dir / "config.toml")
-    config = _parse_config(config_text)
+    summary = read_json(run_dir / "summary.json", dict) or {}
+    config_text = read_text(run_dir / "config.toml")
+    config = parse_config(config_text)
     lines = [record for record in records if "loss" in record]
     held_out = [record for record in records if "held_out_loss" in record]
     steps = int(summary.get("steps") or max((record["step"] for record in records), default=0))
     total_steps = int(summary.get("total_steps") or _get(config, "train", "steps") or steps)
-    grids, num_grids, unreadable = _grids(run_dir)
-    bad_files = _bad_files(run_dir)
-    weights = _weights(run_dir)
+    grids, num_grids, unreadable = sample_grids(run_dir)
+    weights = weight_files(run_dir)
     span = (0.0, float(max(steps, 1)))
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=select_autoescape(default=True, default_for_string=True),
+        autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -122,42 +105,12 @@ def render_report(run_dir: Path) -> str:
         memory_phases=_memory_phases(summary),
         weights=weights[:MAX_WEIGHT_FILES],
         num_weights=len(weights),
-        bad_files=bad_files[:MAX_BAD_FILES],
-        num_bad_files=len(bad_files),
-        config=_highlight(config_text),
-        log="\n".join(_read_text(run_dir / "run.log").splitlines()[-LOG_LINES:]),
+        file_lists=file_lists(run_dir),
+        config=highlight_toml(config_text),
+        log="\n".join(read_text(run_dir / "run.log").splitlines()[-LOG_LINES:]),
         start_step=summary.get("start_step") or 0,
+        machine=_machine(summary),
     )
-
-
-# Reading: a part that is missing or damaged is left out, never an error.
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""
-
-
-def _read_json(path: Path, kind: type) -> Any:
-    text = _read_text(path)
-    if not text:
-        return None
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        logger.warning("%s: left out of the report (%s)", path, error)
-        return None
-    return value if isinstance(value, kind) else None
-
-
-def _parse_config(text: str) -> dict[str, Any]:
-    try:
-        return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        logger.warning("config.toml: left out of the report (%s)", error)
-        return {}
 
 
 def _get(config: Mapping[str, Any], section: str, key: str) -> Any:
@@ -295,7 +248,9 @@ def _noise_level_charts(held_out: Records, span: tuple[float, float]) -> list[Ma
     for index in order:
         values = [(r["step"], r["held_out_per_timestep"][index]) for r in measured]
         points = [(float(step), float(value)) for step, value in values if value is not None]
-        title = f"timestep {levels[index]:g}" if named else f"noise level {index + 1} of {count}"
+        title = (
+            f"noise level {levels[index]:.4g}" if named else f"noise level {index + 1} of {count}"
+        )
         note = _change(points[0][1], points[-1][1])[0].split(", ")[-1] if len(points) > 1 else ""
         line = Line(name="held-out loss", points=points, markers=len(points) <= 20)
         charts.append(line_chart(title, [line], note=note, steps=span, compact=True))
@@ -323,10 +278,18 @@ def _phases(summary: Mapping[str, Any]) -> Markup | None:
     seconds = summary.get("seconds")
     if not isinstance(seconds, dict):
         return None
-    usual = ("caching", "training", "validation", "checkpoint")
+    usual = ("preparation", "loading", "training", "validation", "checkpoint", "export")
     names = [n for n in usual if n in seconds] + [n for n in seconds if n not in usual]
     parts = [(name, float(seconds[name] or 0.0)) for name in names]
     return share_bar([(name, value, format_duration(value)) for name, value in parts])
+
+
+def _machine(summary: Mapping[str, Any]) -> str:
+    """Device, dtypes and torch's version, as far as the summary names them."""
+    parts = [str(summary["placement"])] if summary.get("placement") else []
+    if summary.get("torch"):
+        parts.append(f"torch {summary['torch']}")
+    return " · ".join(parts)
 
 
 def _memory_phases(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -334,99 +297,3 @@ def _memory_phases(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     if not isinstance(peaks, dict) or len(peaks) < 2:
         return []
     return [(name, f"{peak:.2f} GiB") for name, peak in peaks.items()]
-
-
-# Files
-
-
-def _grids(run_dir: Path) -> tuple[list[Grid], int, list[str]]:
-    """(grids newest first, how many there are in all, names of those that cannot be read)."""
-
-    def step_of(path: Path) -> int:
-        digits = re.search(r"(\d+)$", path.stem)
-        return int(digits.group(1)) if digits else -1
-
-    paths = sorted((run_dir / "samples").glob("*.png"), key=lambda p: (step_of(p), p.name))
-    chosen = paths
-    if len(paths) > MAX_GRIDS:
-        last = len(paths) - 1
-        chosen = [paths[round(i * last / (MAX_GRIDS - 1))] for i in range(MAX_GRIDS)]
-    grids: list[Grid] = []
-    unreadable: list[str] = []
-    for path in reversed(chosen):
-        try:
-            source, width = _embed(path)
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            logger.warning("%s: left out of the report (%s)", path, error)
-            unreadable.append(path.name)
-            continue
-        step = step_of(path)
-        title = f"step {step:,}" if step >= 0 else path.stem
-        grids.append(Grid(title=title, source=source, width=width, file=f"samples/{path.name}"))
-    return grids, len(paths), unreadable
-
-
-def _embed(path: Path) -> tuple[str, int]:
-    """(data URI, width in pixels to show it at) of a picture."""
-    with Image.open(path) as file:
-        file.load()
-        # Grids of tiny models would be stamps: twice their pixels at most.
-        width = min(MAX_GRID_SIDE, file.width if file.width >= 600 else 2 * file.width)
-        if max(file.size) <= MAX_GRID_SIDE and path.stat().st_size <= MAX_PNG_BYTES:
-            kind, content = "png", path.read_bytes()
-        else:
-            picture = file.convert("RGB")
-            picture.thumbnail((MAX_GRID_SIDE, MAX_GRID_SIDE), Image.Resampling.LANCZOS)
-            buffer = io.BytesIO()
-            # Full colour resolution: the writing in a grid would fray.
-            picture.save(buffer, "JPEG", quality=88, subsampling=0)
-            kind, content = "jpeg", buffer.getvalue()
-    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}", width
-
-
-def _bad_files(run_dir: Path) -> list[tuple[str, str]]:
-    entries = _read_json(run_dir / "bad_files.json", list) or []
-    return [
-        (str(entry.get("path", "")), str(entry.get("reason", "")))
-        for entry in entries
-        if isinstance(entry, dict)
-    ]
-
-
-def _weights(run_dir: Path) -> list[tuple[str, str]]:
-    """(path in the run folder, size) of each exported file, the largest first."""
-    files = [(p.stat().st_size, p) for p in (run_dir / "weights").rglob("*") if p.is_file()]
-    files.sort(key=lambda item: (-item[0], item[1].as_posix()))
-    return [(path.relative_to(run_dir).as_posix(), _format_bytes(size)) for size, path in files]
-
-
-def _format_bytes(size: int) -> str:
-    for unit, factor in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if size >= factor:
-            return f"{format_number(size / factor)} {unit}"
-    return f"{size} bytes"
-
-
-_TOML = re.compile(
-    r"""(?P<section>^[ \t]*\[[^\n]*\][ \t]*$)
-      | (?P<key>^[ \t]*[\w.\-]+(?=[ \t]*=))
-      | (?P<string>\"\"\"[\s\S]*?\"\"\"|"(?:[^"\\\n]|\\.)*"|'[^'\n]*')
-      | (?P<comment>\#[^\n]*)
-      | (?P<number>(?<![\w.])[+\-]?\d[\d_]*(?:\.\d+)?(?:[eE][+\-]?\d+)?\b)
-      | (?P<word>\b(?:true|false)\b)""",
-    re.MULTILINE | re.VERBOSE,
-)
-
-
-def _highlight(text: str) -> Markup:
-    """TOML with a span around each token; every piece of it is escaped."""
-    pieces: list[Markup] = []
-    end = 0
-    for match in _TOML.finditer(text):
-        pieces.append(Markup.escape(text[end : match.start()]))
-        pieces.append(
-            Markup('<span class="{}">{}</span>').format(f"t-{match.lastgroup}", match.group())
-        )
-        end = match.end()
-    pieces.append(Markup.escape(text[end:]))
-    return Markup("").join(pieces)

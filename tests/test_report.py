@@ -14,7 +14,8 @@ from PIL import Image
 
 from fasttune.charts import Line, format_number, histogram, line_chart, nice_axis, share_bar, thin
 from fasttune.errors import StorageError
-from fasttune.report import MAX_GRID_SIDE, MAX_GRIDS, render_report, write_report
+from fasttune.report import render_report, write_report
+from fasttune.report_files import MAX_GRID_SIDE, MAX_GRIDS
 
 VOID = {"area", "br", "col", "hr", "img", "input", "link", "meta"}
 EVIL = "<script>alert('x')</script>\" onload=\"alert(1)"
@@ -113,12 +114,19 @@ def write_run(run_dir: Path) -> Path:
                 "peak_gib_by_phase": {"training": 11.37, "validation": 9.25},
                 "data_wait_share": 0.034,
                 "elapsed_s": 125.0,
-                "seconds": {"training": 75.0, "caching": 25.0, "other": 0.0},
+                "placement": "CPU, fp32",
+                "torch": "2.13",
+                "seconds": {"training": 75.0, "preparation": 25.0, "other": 0.0},
             }
         )
     )
     (run_dir / "bad_files.json").write_text(
-        json.dumps([{"path": f"photos/{EVIL}.jpg", "reason": "truncated after 12 bytes"}])
+        json.dumps(
+            {
+                "bad_files": [{"path": f"photos/{EVIL}.jpg", "reason": "truncated after 12 bytes"}],
+                "warnings": [{"path": "photos/lost.txt", "reason": "no image of this name"}],
+            }
+        )
     )
     (run_dir / "run.log").write_text("".join(f"line {i} {EVIL}\n" for i in range(200)))
     (run_dir / "weights" / "dog.safetensors").write_bytes(b"\0" * 3 * 2**19)
@@ -146,12 +154,16 @@ def test_the_page_holds_the_numbers_of_the_run(run_dir: Path) -> None:
         "3.4%",
         "2m05s",
         "LoRA of rank 16",
-        "caching: 25s 25%",
+        "preparation: 25s 25%",
         "training: 1m15s 75%",
         "9.25 GiB",
         "1.50 MiB",
         "weights/dog.safetensors",
+        "Files not used",
         "truncated after 12 bytes",
+        "Warnings about files",
+        "no image of this name",
+        "CPU, fp32 · torch 2.13",
         "line 199",
         "line 140",
     ):
@@ -161,7 +173,7 @@ def test_the_page_holds_the_numbers_of_the_run(run_dir: Path) -> None:
     for text in (
         "Loss, smoothed: 0.5800 at step 10, 0.4000 at step 100",
         "Held-out loss, held-out loss: 0.2500 at step 0, 0.1500 at step 100",
-        "timestep 250, held-out loss: 0.4000 at step 0, 0.2000 at step 100",
+        "noise level 250, held-out loss: 0.4000 at step 0, 0.2000 at step 100",
         "Learning rate, lr: 9.5e-5 at step 10, 5e-5 at step 100",
         "Gradient norm, gradient norm: 1.250",
         "Step times: 10 logging windows from 381.0 to 390.0 ms, median 385.5 ms",
@@ -169,7 +181,7 @@ def test_the_page_holds_the_numbers_of_the_run(run_dir: Path) -> None:
     ):
         assert text in labels, text
     # Least noise first.
-    assert labels.index("timestep 250") < labels.index("timestep 750")
+    assert labels.index("noise level 250") < labels.index("noise level 750")
 
 
 def test_the_charts_carry_every_point(run_dir: Path) -> None:
