@@ -14,12 +14,13 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from logging.handlers import MemoryHandler
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fasttune.build import denoiser_for, objective_for, placement_for
 from fasttune.checkpoint import (
@@ -38,7 +39,7 @@ from fasttune.export import main as export
 from fasttune.metrics import Metrics, open_trackers, setup_run_log
 from fasttune.models import MODELS
 from fasttune.models.layers import set_recompute
-from fasttune.models.spec import cast_conditions, select_conditions
+from fasttune.models.spec import ModelSpec, cast_conditions, select_conditions
 from fasttune.models.weights import read_config
 from fasttune.prepare import Prepared, prepare, write_bad_files
 from fasttune.report import write_report
@@ -175,12 +176,9 @@ def _train(
                 t = objective.sample_times(len(clean), num_tokens, generator, device)
                 conditions = select_conditions(batch.conditions, text_mask=o.text_mask)
                 conditions = cast_conditions(conditions, compute)
-
-                def predict(noisy: Tensor, t: Tensor) -> Any:
-                    return spec.predict(
-                        denoiser, noisy.to(compute), t, conditions, batch.sizes, guidance
-                    )
-
+                predict = partial(
+                    _predict, spec, denoiser, compute, conditions, batch.sizes, guidance
+                )
                 loss = objective.loss(predict, clean, noise, t).mean() / t_.gradient_accumulation
                 trained.backward(loss)
                 step_loss += loss.detach()
@@ -228,6 +226,19 @@ def _train(
     found += [("weights", path) for path in weights] + [("report", report)]
     log.info("done:%s", "".join(f"\n  {name:8} {path}" for name, path in found))
     return 0
+
+
+def _predict(
+    spec: ModelSpec,
+    denoiser: nn.Module,
+    compute: torch.dtype,
+    conditions: dict[str, Tensor],
+    sizes: Tensor,
+    guidance: Tensor,
+    noisy: Tensor,
+    t: Tensor,
+) -> Any:
+    return spec.predict(denoiser, noisy.to(compute), t, conditions, sizes, guidance)
 
 
 def _normal(like: Tensor, generator: torch.Generator) -> Tensor:
