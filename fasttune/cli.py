@@ -187,7 +187,7 @@ def _doctor(args: argparse.Namespace) -> int:
 
     findings = examine()
     print(to_json(findings) if args.json else to_text(findings))
-    return 0
+    return 0 if findings.can_train else 2
 
 
 def _schema(args: argparse.Namespace) -> int:

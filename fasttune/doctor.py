@@ -1,0 +1,346 @@
+"""`fasttune doctor`: what this machine has, what each feature would use, and why something is off.
+
+Runs with any library missing or broken: what has to be imported to be judged is imported in a
+process of its own (probes.py).
+"""
+
+import json
+import logging
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal
+
+from fasttune import __version__
+from fasttune.probes import probe
+
+log = logging.getLogger(__name__)
+
+Status = Literal["ok", "missing", "off"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Library:
+    """A library that fasttune uses, and the versions it works with: those of pyproject.toml."""
+
+    name: str
+    minimum: str
+    below: str | None = None
+    extra: str | None = None
+    """The extra that installs it; None: it is required."""
+    used_for: str
+    without: str = ""
+    """What happens without an optional one."""
+    probe: tuple[str, ...] = ()
+
+
+LIBRARIES = (
+    Library(name="torch", minimum="2.11", below="2.14", used_for="everything"),
+    Library(name="numpy", minimum="1.26", used_for="images"),
+    Library(name="safetensors", minimum="0.5", used_for="weights and caches"),
+    Library(name="pillow", minimum="11", used_for="reading images"),
+    Library(name="tqdm", minimum="4.66", used_for="progress bars"),
+    Library(
+        name="diffusers",
+        minimum="0.36",
+        used_for="autoencoders",
+        probe=("imports", "diffusers", "AutoencoderKL"),
+    ),
+    Library(
+        name="transformers",
+        minimum="4.57",
+        used_for="text encoders",
+        probe=("imports", "transformers", "CLIPTextModel", "T5EncoderModel", "AutoTokenizer"),
+    ),
+    Library(name="accelerate", minimum="1.0", used_for="loading the frozen models"),
+    Library(name="huggingface_hub", minimum="0.34", used_for="models by hub id"),
+    Library(
+        name="triton",
+        minimum="3.6",
+        extra="dev",
+        used_for="torch.compile on a GPU",
+        without="comes with the GPU builds of torch; not needed on a CPU",
+        probe=("imports", "triton"),
+    ),
+    Library(
+        name="torchao",
+        minimum="0.14",
+        extra="torchao",
+        used_for='optimizer.name = "adamw8bit"',
+        probe=("imports", "torchao.optim", "AdamW8bit"),
+    ),
+    Library(
+        name="bitsandbytes",
+        minimum="0.46",
+        extra="bitsandbytes",
+        used_for='optimizer.name = "adamw8bit"',
+        probe=("adamw8bit", "bitsandbytes", "auto"),
+    ),
+    Library(
+        name="flash-attn",
+        minimum="2.7",
+        extra="flash-attn",
+        used_for="nothing yet; attention is torch's own",
+        probe=("imports", "flash_attn"),
+    ),
+    Library(name="pyarrow", minimum="15", extra="parquet", used_for='data.captions = "parquet"'),
+    Library(
+        name="tensorboard", minimum="2.16", extra="tensorboard", used_for="logging.tensorboard"
+    ),
+    Library(name="wandb", minimum="0.17", extra="wandb", used_for="logging.wandb"),
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Line:
+    """One finding: a library, a device or a feature."""
+
+    name: str
+    status: Status
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Findings:
+    """All of them."""
+
+    system: tuple[Line, ...]
+    devices: tuple[Line, ...]
+    libraries: tuple[Line, ...]
+    features: tuple[Line, ...]
+
+    @property
+    def can_train(self) -> bool:
+        required = {library.name for library in LIBRARIES if library.extra is None}
+        return all(line.status == "ok" for line in self.libraries if line.name in required)
+
+
+def examine() -> Findings:
+    """Looks at the machine. Takes as long as importing torch and trying the optional libraries."""
+    log.info("Trying each library in a process of its own ...")
+    with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
+        pending = {
+            library.name: pool.submit(probe, *library.probe)
+            for library in LIBRARIES
+            if library.probe and installed_version(library.name) is not None
+        }
+        build = pool.submit(probe, "torch_build")
+        operations = pool.submit(probe, "device_operations", "auto")
+        errors = {name: future.result().get("error") for name, future in pending.items()}
+        torch, device = build.result(), operations.result()
+    errors["torch"] = torch.get("error")
+    if errors.get("bitsandbytes", "missing") is not None and errors.get("torchao", "") is None:
+        # Its first step compiles, which takes long: tried only where it would be used.
+        errors["torchao"] = probe("adamw8bit", "torchao", "auto").get("error")
+    libraries = tuple(_library(library, errors.get(library.name)) for library in LIBRARIES)
+    return Findings(
+        system=tuple(_system()),
+        devices=tuple(_devices(torch)),
+        libraries=libraries,
+        features=tuple(_features(torch, device, {line.name: line for line in libraries})),
+    )
+
+
+def to_json(findings: Findings) -> str:
+    return json.dumps(asdict(findings) | {"can_train": findings.can_train}, indent=2)
+
+
+def to_text(findings: Findings) -> str:
+    """A table; what is off has its reason."""
+    sections = []
+    for title, lines in (
+        ("System", findings.system),
+        ("Devices", findings.devices),
+        ("Libraries", findings.libraries),
+        ("Features", findings.features),
+    ):
+        width = max(len(line.name) for line in lines)
+        rows = [
+            f"  {line.name:<{width}}  {'' if title == 'System' else f'{line.status:<7}  '}{line.text}"
+            for line in lines
+        ]
+        sections.append("\n".join([title, *rows]))
+    verdict = "This machine can train."
+    if not findings.can_train:
+        verdict = "This machine cannot train yet: a required library is missing or off."
+    return "\n\n".join([*sections, verdict])
+
+
+def installed_version(name: str) -> str | None:
+    """Version of an installed distribution; None if it is absent."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    """2.13.0+cpu -> (2, 13, 0)"""
+    match = re.match(r"\d+(?:\.\d+)*", text)
+    return tuple(int(part) for part in match[0].split(".")) if match else ()
+
+
+def _library(library: Library, error: str | None) -> Line:
+    needed = f">={library.minimum}" + (f",<{library.below}" if library.below else "")
+    found = installed_version(library.name)
+    install = (
+        f"pip install 'fasttune[{library.extra}]'" if library.extra else "pip install fasttune"
+    )
+    if found is None:
+        without = f"; {library.without}" if library.without else f"; {install}"
+        return Line(name=library.name, status="missing", text=f"for {library.used_for}{without}")
+    too_old = _numbers(found) < _numbers(library.minimum)
+    if too_old or (library.below and _numbers(found) >= _numbers(library.below)):
+        return Line(name=library.name, status="off", text=f"{found}, needed is {needed}: {install}")
+    if error is not None:
+        return Line(
+            name=library.name,
+            status="off",
+            text=f"{found} is installed and does not work: {error}",
+        )
+    return Line(name=library.name, status="ok", text=f"{found} ({needed}), for {library.used_for}")
+
+
+def _system() -> Iterator[Line]:
+    def line(name: str, text: str) -> Line:
+        return Line(name=name, status="ok", text=text)
+
+    yield line("fasttune", f"{__version__} in {Path(__file__).parent}")
+    yield line("python", f"{platform.python_version()} at {sys.executable}")
+    yield line("system", f"{platform.system()} {platform.release()} ({platform.machine()})")
+    yield line("processor", f"{os.cpu_count()} cores")
+    yield line("memory", _memory())
+    yield line("disk", f"{shutil.disk_usage('.').free / 2**30:.1f} GiB free in {Path.cwd()}")
+
+
+def _memory() -> str:
+    try:
+        page = os.sysconf("SC_PAGE_SIZE")
+        total = os.sysconf("SC_PHYS_PAGES") * page / 2**30
+    except (AttributeError, ValueError, OSError):
+        return "unknown on this system"
+    try:
+        return f"{total:.1f} GiB, {os.sysconf('SC_AVPHYS_PAGES') * page / 2**30:.1f} GiB free"
+    except (ValueError, OSError):  # macOS
+        return f"{total:.1f} GiB"
+
+
+def nvidia_driver() -> tuple[str, str] | None:
+    """(driver version, names of the cards) as the NVIDIA driver says, without torch."""
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return None
+    command = [program, "--query-gpu=driver_version,name", "--format=csv,noheader"]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+        rows = [line.split(", ", 1) for line in result.stdout.strip().splitlines()]
+        return rows[0][0], ", ".join(row[1] for row in rows)
+    except (OSError, subprocess.SubprocessError, IndexError):
+        return None
+
+
+def _devices(torch: dict[str, Any]) -> Iterator[Line]:
+    driver = nvidia_driver()
+    if torch.get("error"):
+        yield Line(name="torch", status="off", text=f"cannot be imported: {torch['error']}")
+        return
+    yield Line(
+        name="cpu",
+        status="ok",
+        text=f"{torch['cpu_capability']} kernels, {torch['num_threads']} threads",
+    )
+    for gpu in torch["gpus"]:
+        has = [name for name in ("bf16", "int8", "fp8") if gpu[name]]
+        text = (
+            f"{gpu['name']}, {gpu['arch']}, {gpu['total_gib']} GiB ({gpu['free_gib']} free), "
+            f"{', '.join(has) or 'no bf16, int8 or fp8'}"
+        )
+        text += f", driver {driver[0]}" if driver else ""
+        if not gpu["in_build"]:
+            text += f"; this torch ({torch['build']}) has no kernels for {gpu['arch']}"
+        yield Line(
+            name=f"cuda:{gpu['index']}", status="ok" if gpu["in_build"] else "off", text=text
+        )
+    if torch["mps"]:
+        yield Line(name="mps", status="ok", text="Apple GPU, shares the memory of the CPU")
+    if not torch["gpus"]:
+        yield _why_no_gpu(torch, driver)
+
+
+def _why_no_gpu(torch: dict[str, Any], driver: tuple[str, str] | None) -> Line:
+    if torch["build"] == "CPU" and driver is not None:
+        return Line(
+            name="cuda",
+            status="off",
+            text=f"the driver ({driver[0]}) sees {driver[1]}, but torch {torch['version']} is a CPU "
+            "build; install a CUDA build, see https://pytorch.org/get-started",
+        )
+    if torch["build"] == "CPU":
+        return Line(name="cuda", status="missing", text=f"torch {torch['version']} is a CPU build")
+    seen = f"the driver ({driver[0]}) sees {driver[1]}" if driver else "no driver answers"
+    why = f": {torch['why_no_gpu']}" if torch["why_no_gpu"] else ""
+    return Line(name="cuda", status="off", text=f"torch is built for {torch['build']}; {seen}{why}")
+
+
+def _features(
+    torch: dict[str, Any], device: dict[str, Any], libraries: dict[str, Line]
+) -> Iterator[Line]:
+    if device.get("error"):
+        yield Line(name="training", status="off", text=device["error"])
+        return
+    yield Line(name="run.device = auto", status="ok", text=device["placement"])
+    works = [name for name, error in device["dtypes"].items() if error is None]
+    failing = [f"{name}: {error}" for name, error in device["dtypes"].items() if error is not None]
+    yield Line(
+        name="precision",
+        status="ok" if "fp32" in works else "off",
+        text="; ".join([f"matmuls in {', '.join(works) or 'nothing'}", *failing]),
+    )
+    backends = [name for name, error in device["attention"].items() if error is None]
+    yield Line(
+        name="attention",
+        status="ok" if backends else "off",
+        text=f"scaled_dot_product_attention by {', '.join(backends)}"
+        if backends
+        else "; ".join(f"{name}: {error}" for name, error in device["attention"].items()),
+    )
+    fused = device["fused_adamw"]
+    yield Line(
+        name="adamw",
+        status="ok" if fused is None else "off",
+        text="torch's fused kernel" if fused is None else fused,
+    )
+    yield _adamw8bit(libraries)
+    yield _compiler(torch, libraries)
+
+
+def _adamw8bit(libraries: dict[str, Line]) -> Line:
+    """As optim/adamw8bit.py chooses: bitsandbytes, then torchao."""
+    reasons: list[str] = []
+    for name in ("bitsandbytes", "torchao"):
+        line = libraries[name]
+        if line.status == "ok":
+            return Line(name="adamw8bit", status="ok", text="; ".join([*reasons, f"by {name}"]))
+        reasons.append(f"{name}: {'not installed' if line.status == 'missing' else line.text}")
+    return Line(name="adamw8bit", status="off", text="; ".join(reasons))
+
+
+def _compiler(torch: dict[str, Any], libraries: dict[str, Line]) -> Line:
+    """What torch.compile needs: Triton on a GPU, a C++ compiler on a CPU."""
+    if torch.get("gpus"):
+        triton = libraries["triton"]
+        if triton.status == "ok":
+            return Line(name="torch.compile", status="ok", text=f"by Triton {triton.text}")
+        return Line(name="torch.compile", status="off", text=f"Triton: {triton.text}")
+    compiler = next((name for name in ("g++", "clang++", "cl") if shutil.which(name)), None)
+    if compiler is None:
+        return Line(name="torch.compile", status="off", text="no C++ compiler (g++) was found")
+    return Line(name="torch.compile", status="ok", text=f"on the CPU, by {compiler}")
