@@ -181,7 +181,7 @@ def _decode_ahead(
         sample = cached.sample
         with budget.hold(sample.width * sample.height):
             try:
-                return crop_and_resize(load_image(sample.path, cached.plan), cached.plan)
+                return crop_and_resize(load_image(sample.path), cached.plan)
             except BadImageError as error:
                 return error
 
