@@ -28,7 +28,7 @@ from fasttune.errors import CheckpointError, ConfigError, ModelError
 from fasttune.grid import make_grid, save_png
 from fasttune.models import MODELS
 from fasttune.models.autoencoder import decode, downscale, load_autoencoder
-from fasttune.models.spec import ModelSpec
+from fasttune.models.spec import ModelSpec, select_conditions
 from fasttune.models.weights import component_patterns, load_denoiser, read_config, resolve_model
 from fasttune.reconstruction import Reconstruction
 
@@ -77,8 +77,7 @@ def encode_prompts(
         del encode
         parts.append([{k: v.cpu() for k, v in one.items()} for one in encoded])
     merged = [spec.merge_text(list(of_caption)) for of_caption in zip(*parts, strict=True)]
-    if not text_mask:  # the released models read the padding, see text_encoders.open_flux
-        merged = [{k: v for k, v in one.items() if k != "text_mask"} for one in merged]
+    merged = [select_conditions(one, text_mask=text_mask) for one in merged]
     positive, rest = merged[: len(prompts)], merged[len(prompts) :]
     negative = rest[0] if rest else None
     if zeros and positive:
@@ -342,7 +341,11 @@ def _trained(
         return load_denoiser(spec, weights, dtype=dtype, device=device)
     if weights is not None:
         denoiser = load_denoiser(spec, folder, dtype=dtype, device=device)
-        pairs, _ = read_lora(weights, module_shapes(denoiser))
+        try:
+            pairs, _ = read_lora(weights, module_shapes(denoiser))
+        except ConfigError as error:
+            said = [problem.replace("adapter.init_from", "--weights") for problem in error.problems]
+            raise ConfigError(said) from error
         rank = max(pair.rank for pair in pairs.values())
         apply_lora(denoiser, targets=list(pairs), rank=rank, alpha=float(rank))
         set_lora_(denoiser, pairs, origin=str(weights))

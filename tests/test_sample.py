@@ -451,7 +451,7 @@ def test_main_with_weights_of_any_layout(
 ) -> None:
     folder = request.getfixturevalue(f"tiny_{family}")
     denoiser = lora_of(folder, family)
-    config = config_for(family, folder, sampling_steps=2, guidance_scale=3.0)
+    config = config_for(family, folder, sampling_steps=1, guidance_scale=3.0)
     files = {"untrained": None}
     for layout in ("peft", "kohya", "comfyui"):
         files[layout] = tmp_path / f"{layout}.safetensors"
@@ -489,7 +489,7 @@ def test_main_with_a_checkpoint(tiny_sdxl: Path, tmp_path: Path) -> None:
     trained = {name: p.detach() for name, p in lora_parameters(denoiser).items()}
     average = {name: 0.25 * p for name, p in trained.items()}
     run = tmp_path / "runs" / "cat"
-    config = config_for("sdxl", tiny_sdxl, sampling_steps=2, prompts=(PROMPT,))
+    config = config_for("sdxl", tiny_sdxl, sampling_steps=1, prompts=(PROMPT,))
     config = replace(config, adapter=replace(config.adapter, rank=4, alpha=8.0))
     plain = save_checkpoint(run / "checkpoints", 1, {"trainable": trained}, {})
     averaged = save_checkpoint(run / "checkpoints", 2, {"trainable": trained, "ema": average}, {})
@@ -516,7 +516,7 @@ def test_main_with_a_checkpoint(tiny_sdxl: Path, tmp_path: Path) -> None:
 
 def test_main_with_a_whole_network(tiny_sdxl: Path, tiny_models: Any, tmp_path: Path) -> None:
     other = tiny_models.write_tiny_sdxl(tmp_path / "other", seed=1)
-    config = config_for("sdxl", tiny_sdxl, sampling_steps=2, prompts=(PROMPT,), guidance_scale=1.0)
+    config = config_for("sdxl", tiny_sdxl, sampling_steps=1, prompts=(PROMPT,), guidance_scale=1.0)
     images = [
         np.asarray(Image.open(sampling.main(config, weights=weights, out=tmp_path / name)[0]))
         for name, weights in (("a", None), ("b", other), ("c", tiny_sdxl))
@@ -525,3 +525,9 @@ def test_main_with_a_whole_network(tiny_sdxl: Path, tiny_models: Any, tmp_path: 
     assert not np.array_equal(images[0], images[1])
     with pytest.raises(FasttuneError, match="unet/config.json"):
         sampling.main(config, weights=tiny_sdxl / "vae", out=tmp_path)
+    with pytest.raises(ConfigError, match="--weights.*diffusion_pytorch_model"):
+        file = tiny_sdxl / "unet" / "diffusion_pytorch_model.safetensors"
+        sampling.main(config, weights=file, out=tmp_path)
+    save_file({"text_encoder.layer.lora_A.weight": torch.ones(1)}, tmp_path / "text.safetensors")
+    with pytest.raises(ConfigError, match="--weights"):
+        sampling.main(config, weights=tmp_path / "text.safetensors", out=tmp_path)

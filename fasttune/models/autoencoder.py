@@ -56,7 +56,9 @@ def load_autoencoder(folder: Path, *, device: torch.device, dtype: torch.dtype) 
             f"{path}: {len(missing)} tensors are missing, such as {missing[0]}; download the folder"
             " again"
         )
-    return vae.to(device, torch.float32 if upcast else dtype).eval().requires_grad_(False)
+    # torch's own `to`: the one of diffusers warns of every dtype, also of the one it has
+    nn.Module.to(vae, device=device, dtype=torch.float32 if upcast else dtype)
+    return vae.eval().requires_grad_(False)
 
 
 def downscale(config: Mapping[str, Any]) -> int:

@@ -67,8 +67,8 @@ class TextEncoder:
         ]
         if cut and self.num_truncated == 0:
             log.warning(
-                "%s reads %d tokens; %d of the first %d captions are longer and lose their end,"
-                " such as %r. Later ones are counted without a message.",
+                "%s reads %d tokens: longer captions lose their end (%d of %d so far), such as %r;"
+                " further ones are counted without a message",
                 self.name,
                 self.max_length,
                 len(cut),
