@@ -145,10 +145,12 @@ def main(
                     source=folder,
                     component=spec.denoiser_folder,
                     metadata=metadata,
+                    scheduler=_scheduler_changes(config, spec, folder),
                 )
             else:
                 path = out / f"{config.run.name}.safetensors"
                 whole = single_file_tensors(spec.family, trained, folder)
+                whole |= _markers(config, spec, folder)
                 write_tensors(path, stored(whole, storage), metadata)
         log.info("wrote %s (%s, %s)", path, name, dtype or config.export.dtype)
         written.append(path)
@@ -179,17 +181,24 @@ def export_folder(
     source: Path,
     component: str,
     metadata: Mapping[str, str],
+    scheduler: Mapping[str, Any] | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> Path:
     """A model folder in diffusers layout: `network` in the sub-folder `component`, in shards of at
     most `shard_bytes`, and everything else from the folder `source` (weights hard-linked where the
-    file system allows it). A folder already at `out` is replaced when the new one is complete."""
+    file system allows it). `scheduler` has the keys of scheduler_config.json that training changed.
+    A folder already at `out` is replaced when the new one is complete."""
     beside = out.with_name(f".{out.name}.tmp-{os.getpid()}")
     old = out.with_name(f".{out.name}.old-{os.getpid()}")
     try:
         shutil.rmtree(beside, ignore_errors=True)
         beside.mkdir(parents=True)
         _copy_components(source, beside, component)
+        if scheduler:
+            path = beside / "scheduler" / "scheduler_config.json"
+            path.parent.mkdir(exist_ok=True)
+            text = json.dumps(scheduler_config(source) | dict(scheduler), indent=2)
+            path.write_text(text + "\n", encoding="utf-8")
         (beside / component).mkdir()
         shutil.copyfile(source / component / "config.json", beside / component / "config.json")
         _write_shards(beside / component, network, metadata, shard_bytes)
@@ -277,15 +286,46 @@ def _check_complete(
         )
 
 
+def _prediction(config: Config, spec: ModelSpec, folder: Path) -> str:
+    """What the trained network predicts: the config's word, the folder's, the family's."""
+    if config.objective.prediction != "auto":
+        return config.objective.prediction
+    if spec.objective != "ddpm":
+        return spec.prediction
+    prediction: str = scheduler_config(folder).get("prediction_type", "epsilon")
+    return prediction
+
+
+def _scheduler_changes(config: Config, spec: ModelSpec, folder: Path) -> dict[str, Any]:
+    """Keys of scheduler_config.json that samplers need after training with another objective."""
+    if spec.objective != "ddpm":
+        return {}
+    before = scheduler_config(folder)
+    changes: dict[str, Any] = {}
+    if _prediction(config, spec, folder) != before.get("prediction_type", "epsilon"):
+        changes["prediction_type"] = _prediction(config, spec, folder)
+    if config.objective.zero_terminal_snr and not before.get("rescale_betas_zero_snr"):
+        # the last step must be sampled, too (arXiv 2305.08891, section 3.3)
+        changes |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    return changes
+
+
+def _markers(config: Config, spec: ModelSpec, folder: Path) -> dict[str, LazyTensor]:
+    """Empty tensors by which ComfyUI and others tell SDXL checkpoints of v-prediction, and of zero
+    terminal SNR, from the usual ones: a single file has no scheduler config."""
+    if spec.family != "sdxl" or _prediction(config, spec, folder) != "v_prediction":
+        return {}
+    zero_snr = config.objective.zero_terminal_snr or scheduler_config(folder).get(
+        "rescale_betas_zero_snr"
+    )
+    names = ("v_pred", "ztsnr") if zero_snr else ("v_pred",)
+    return {name: lazy(torch.empty(0)) for name in names}
+
+
 def _metadata(
     config: Config, spec: ModelSpec, folder: Path, checkpoint: Path, *, layout: str
 ) -> dict[str, str]:
     state: dict[str, Any] = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
-    prediction: str = config.objective.prediction
-    if prediction == "auto":
-        prediction = spec.prediction
-        if spec.objective == "ddpm":
-            prediction = scheduler_config(folder).get("prediction_type", prediction)
     is_lora = config.adapter.type == "lora"
     return file_metadata(
         family=spec.family,
@@ -293,7 +333,7 @@ def _metadata(
         title=config.run.name,
         date=datetime.now(UTC).isoformat(timespec="seconds"),
         resolution=config.data[0].resolution,
-        prediction=prediction,
+        prediction=_prediction(config, spec, folder),
         model_config=read_config(folder, spec.denoiser_folder),
         base_model=config.model.path,
         base_precision=state.get("base_dtype", config.precision.base),

@@ -1,5 +1,6 @@
 """Exported models, read back by diffusers and transformers."""
 
+import dataclasses
 import errno
 import hashlib
 import os
@@ -28,7 +29,7 @@ from torch import Tensor
 
 from fasttune.adapters.lora import apply_lora, lora_parameters
 from fasttune.checkpoint import save_checkpoint
-from fasttune.config import Adapter, Config, Data, Export, Model, Run
+from fasttune.config import Adapter, Config, Data, Export, Model, Objective, Run
 from fasttune.errors import CheckpointError, ConfigError, ModelError, StorageError
 from fasttune.export import export_folder, main
 from fasttune.models import MODELS
@@ -232,6 +233,24 @@ def test_original_flux_of_the_real_size() -> None:
     assert original["single_blocks.37.norm.key_norm.scale"].shape == (128,)
     checkpoint = {name: tensor.load() for name, tensor in original.items()}
     assert_same(convert_flux_transformer_checkpoint_to_diffusers(checkpoint), state)
+
+
+def test_another_objective_is_told_to_samplers(trained: Callable[[str], Any]) -> None:
+    config, folder, state, _ = trained("sdxl")
+    objective = Objective(prediction="v_prediction", zero_terminal_snr=True)
+    config = dataclasses.replace(config, objective=objective)
+    model, file = main(config, formats=("diffusers", "single_file"))
+    scheduler = DiffusionPipeline.from_pretrained(model).scheduler.config
+    assert scheduler.prediction_type == "v_prediction"
+    assert scheduler.rescale_betas_zero_snr and scheduler.timestep_spacing == "trailing"
+    assert scheduler.beta_schedule == "scaled_linear"
+    assert metadata_of(file)["modelspec.prediction_type"] == "v"
+    tensors = load_file(file)
+    assert tensors["v_pred"].numel() == tensors["ztsnr"].numel() == 0
+    loaded = UNet2DConditionModel.from_single_file(
+        str(file), config=str(folder), subfolder="unet", local_files_only=True
+    )
+    assert_same(loaded.state_dict(), state)
 
 
 def test_flux_single_file(trained: Callable[[str], Any]) -> None:
