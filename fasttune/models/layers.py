@@ -96,7 +96,7 @@ def run_block(block: nn.Module, *args: Tensor | None) -> Any:
     """`block(*args)` of a `Block`, recomputed in the backward if it says so and gradients are on.
 
     The RNG state is kept and restored around the second run, so that dropout inside the block
-    draws the same mask; it costs about 20 us a block.
+    draws the same mask; beside the recomputation its cost cannot be measured.
     """
     if block.recompute and block.training and torch.is_grad_enabled():
         return checkpoint(block, *args, use_reentrant=False, preserve_rng_state=True)
