@@ -62,6 +62,7 @@ LIBRARIES = (
     ),
     Library(name="accelerate", minimum="1.0", used_for="loading the frozen models"),
     Library(name="huggingface_hub", minimum="0.34", used_for="models by hub id"),
+    Library(name="jinja2", minimum="3.1", used_for="report.html"),
     Library(
         name="triton",
         minimum="3.6",

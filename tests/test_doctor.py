@@ -1,0 +1,262 @@
+"""`fasttune doctor`: says what is there and why something is off, whatever is broken."""
+
+import json
+import logging
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fasttune import doctor, probes
+from fasttune.doctor import LIBRARIES, Findings, Line, examine, to_json, to_text
+
+GPU = {
+    "index": 0,
+    "name": "NVIDIA GeForce RTX 4090",
+    "arch": "sm_89",
+    "in_build": True,
+    "total_gib": 23.6,
+    "free_gib": 23.1,
+    "bf16": True,
+    "int8": True,
+    "fp8": True,
+}
+TORCH = {
+    "version": "2.13.0+cpu",
+    "build": "CPU",
+    "why_no_gpu": None,
+    "cpu_capability": "AVX2",
+    "num_threads": 2,
+    "mps": False,
+    "gpus": [],
+}
+OPERATIONS = {
+    "device": "cpu",
+    "placement": "device cpu, compute fp32",
+    "dtypes": {"fp32": None, "bf16": None, "fp16": "RuntimeError: no half"},
+    "attention": {"cudnn": "RuntimeError: none", "flash": None, "math": None},
+    "fused_adamw": None,
+}
+VERSIONS = {library.name: library.minimum for library in LIBRARIES}
+
+
+def found(
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    torch: dict[str, Any] | None = None,
+    operations: dict[str, Any] | None = None,
+    broken: dict[str, str] | None = None,
+    versions: dict[str, str | None] | None = None,
+    driver: tuple[str, str] | None = None,
+) -> tuple[Findings, dict[str, Line]]:
+    """Findings on a machine that answers so, and its lines by name."""
+
+    def answer(name: str, *args: str) -> dict[str, Any]:
+        if name == "torch_build":
+            return TORCH | (torch or {})
+        if name == "device_operations":
+            return OPERATIONS | (operations or {})
+        return {"error": (broken or {}).get(args[0].split(".")[0])}
+
+    monkeypatch.setattr(doctor, "probe", answer)
+    monkeypatch.setattr(doctor, "installed_version", (VERSIONS | (versions or {})).get)
+    monkeypatch.setattr(doctor, "nvidia_driver", lambda: driver)
+    findings = examine()
+    sections = (findings.system, findings.devices, findings.libraries, findings.features)
+    return findings, {line.name: line for section in sections for line in section}
+
+
+def test_all_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    findings, lines = found(monkeypatch)
+    assert findings.can_train
+    assert {line.status for line in findings.libraries} == {"ok"}
+    assert lines["attention"].text.endswith("by flash, math")
+    assert lines["precision"].text == "matmuls in fp32, bf16; fp16: RuntimeError: no half"
+    assert lines["adamw8bit"].text == "by bitsandbytes"
+    assert lines["cuda"] == Line(
+        name="cuda", status="missing", text="torch 2.13.0+cpu is a CPU build"
+    )
+
+
+def test_cpu_build_beside_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, lines = found(monkeypatch, driver=("570.1", "NVIDIA L4"))
+    assert lines["cuda"].status == "off"
+    assert "sees NVIDIA L4, but torch 2.13.0+cpu is a CPU build" in lines["cuda"].text
+
+
+def test_driver_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch = {"build": "CUDA 13.0", "why_no_gpu": "RuntimeError: driver too old"}
+    _, lines = found(monkeypatch, torch=torch, driver=("470.1", "NVIDIA L4"))
+    assert lines["cuda"].status == "off"
+    assert lines["cuda"].text.endswith("(470.1) sees NVIDIA L4: RuntimeError: driver too old")
+    _, lines = found(monkeypatch, torch=torch)
+    assert "no driver answers: RuntimeError" in lines["cuda"].text
+
+
+def test_cards(monkeypatch: pytest.MonkeyPatch) -> None:
+    old = GPU | {"index": 1, "name": "P100", "arch": "sm_60", "in_build": False}
+    old |= {"bf16": False, "int8": False, "fp8": False}
+    torch = {"build": "CUDA 13.0", "gpus": [GPU, old]}
+    _, lines = found(monkeypatch, torch=torch, driver=("570.1", "both"))
+    assert lines["cuda:0"] == Line(
+        name="cuda:0",
+        status="ok",
+        text="NVIDIA GeForce RTX 4090, sm_89, 23.6 GiB (23.1 free), bf16, int8, fp8, driver 570.1",
+    )
+    assert lines["cuda:1"].status == "off"
+    assert lines["cuda:1"].text.endswith("this torch (CUDA 13.0) has no kernels for sm_60")
+    assert lines["torch.compile"].text.startswith("by Triton")
+
+
+def test_missing_and_broken_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
+    findings, lines = found(
+        monkeypatch,
+        broken={"bitsandbytes": "OSError: libcudart.so: no such file"},
+        versions={"torchao": None, "wandb": None, "tensorboard": "2.1"},
+    )
+    assert findings.can_train
+    assert lines["bitsandbytes"].status == "off"
+    assert lines["bitsandbytes"].text.endswith("does not work: OSError: libcudart.so: no such file")
+    assert lines["torchao"].status == "missing"
+    assert lines["adamw8bit"].status == "off"
+    assert "libcudart" in lines["adamw8bit"].text
+    assert "torchao: not installed" in lines["adamw8bit"].text
+    assert lines["wandb"].text == "for logging.wandb; pip install 'fasttune[wandb]'"
+    assert lines["tensorboard"].text.startswith("2.1, needed is >=2.16")
+
+
+def test_torchao_steps_in_for_bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, lines = found(monkeypatch, versions={"bitsandbytes": None})
+    assert lines["adamw8bit"].text == "bitsandbytes: not installed; by torchao"
+
+
+def test_required_libraries_decide(monkeypatch: pytest.MonkeyPatch) -> None:
+    error = {"error": "ImportError: libtorch.so"}
+    findings, lines = found(monkeypatch, torch=error, operations=error)
+    assert not findings.can_train
+    assert lines["training"].status == "off"
+    assert "cannot train" in to_text(findings)
+    findings, lines = found(monkeypatch, versions={"torch": "2.14.0"})
+    assert not findings.can_train
+    assert lines["torch"].text.startswith("2.14.0, needed is >=2.11,<2.14")
+    findings, lines = found(monkeypatch, broken={"transformers": "ImportError: x"})
+    assert not findings.can_train
+    assert not found(monkeypatch, versions={"diffusers": None})[0].can_train
+
+
+def test_text_and_json_hold_every_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    findings, lines = found(monkeypatch)
+    text, tree = to_text(findings), json.loads(to_json(findings))
+    for name, line in lines.items():
+        assert name in text
+        assert line.text in text
+    assert tree["can_train"] is True
+    assert {row["name"] for part in tree.values() if part is not True for row in part} == set(lines)
+
+
+def test_versions_are_those_of_the_package() -> None:
+    path = Path(__file__).parent.parent / "pyproject.toml"
+    project = tomllib.loads(path.read_text(encoding="utf-8"))["project"]
+    extras = project["optional-dependencies"]
+    for library in LIBRARIES:
+        wanted = f"{library.name}>={library.minimum}"
+        wanted += f",<{library.below}" if library.below else ""
+        listed = project["dependencies"] if library.extra is None else extras[library.extra]
+        assert any(line.split(";")[0] == wanted for line in listed), wanted
+    required = [library.name for library in LIBRARIES if library.extra is None]
+    assert len(required) == len(project["dependencies"])
+    assert extras.keys() == {"dev"} | {
+        library.extra for library in LIBRARIES if library.extra is not None
+    }
+
+
+@pytest.mark.parametrize(
+    ("source", "error"),
+    [
+        ("x = 1", None),
+        ("raise ImportError('libfoo.so: not found\\nmore')", "ImportError: libfoo.so: not found"),
+        ("import os; os.abort()", "crashes the process (SIGABRT)"),
+        ("import sys; sys.exit('gone')", "gone"),
+        ("import os; os._exit(3)", "it said nothing"),
+        ("print('noise')", None),
+        ("import time; time.sleep(60)", "no answer within 2 s"),
+    ],
+)
+def test_probe_survives_what_it_tries(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, error: str | None
+) -> None:
+    (tmp_path / "suspect.py").write_text(source + "\nx = 1\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(probes, "TIMEOUT_S", 2 if "sleep" in source else 60)
+    answer = probes.probe("imports", "suspect", "x")["error"]
+    assert answer == error or (error is not None and answer.startswith(error))
+
+
+def test_probe_of_a_missing_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "suspect.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    assert "AttributeError" in probes.probe("imports", "suspect", "x")["error"]
+
+
+def test_what_torch_says_here() -> None:
+    import torch
+
+    build = probes.torch_build()
+    assert build["version"] == torch.__version__
+    assert len(build["gpus"]) == torch.cuda.device_count()
+    operations = probes.device_operations("cpu")
+    assert operations["dtypes"]["fp32"] is None
+    assert operations["attention"]["math"] is None
+    assert operations["fused_adamw"] is None
+    json.dumps([build, operations])
+
+
+@pytest.mark.parametrize(
+    ("arch", "built", "expected"),
+    [
+        ("sm_89", ["sm_80", "sm_86", "sm_90"], True),
+        ("sm_90", ["sm_80", "sm_86"], False),
+        ("sm_61", ["sm_75", "sm_80"], False),
+        ("sm_80", ["sm_86"], False),
+        ("sm_120", ["sm_90", "sm_120", "compute_120"], True),
+    ],
+)
+def test_kernels_of_an_architecture(arch: str, built: list[str], expected: bool) -> None:
+    assert probes._in_build(arch, built) is expected
+
+
+@pytest.mark.parametrize(
+    ("output", "expected"),
+    [
+        ("570.1, NVIDIA L4\n570.1, NVIDIA L40S\n", ("570.1", "NVIDIA L4, NVIDIA L40S")),
+        ("", None),
+        ("NVIDIA-SMI has failed\n", None),
+    ],
+)
+def test_nvidia_driver(
+    monkeypatch: pytest.MonkeyPatch, output: str, expected: tuple[str, str] | None
+) -> None:
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: name)
+    monkeypatch.setattr(
+        doctor.subprocess,
+        "run",
+        lambda command, **_: subprocess.CompletedProcess(command, 0, stdout=output),
+    )
+    assert doctor.nvidia_driver() == expected
+
+
+def test_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from fasttune.cli import main
+
+    logger = logging.getLogger("fasttune")
+    monkeypatch.setattr(logger, "handlers", [])
+    monkeypatch.setattr(logger, "level", logger.level)
+    found(monkeypatch)
+    assert main(["doctor", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["can_train"] is True
+    found(monkeypatch, versions={"torch": None})
+    assert main(["doctor"]) == 2
+    assert sys.executable in capsys.readouterr().out
