@@ -48,37 +48,43 @@ class Adafactor(Optimizer):
         for group in self.param_groups:
             lr, decay = group["lr"], group["weight_decay"]
             for params in chunks(group["params"], same_shape=True):
-                update = self._direction(params, new_share, group["eps"], found_inf) * (keep * lr)
+                update = self._update(params, new_share, keep * lr, group["eps"], found_inf)
                 weights = float32(p.detach() for p in params)
                 torch._foreach_mul_(weights, 1 - keep * (lr * decay))
                 torch._foreach_sub_(weights, list(update.unbind(0)))
                 write_back_(params, weights)
 
-    def _direction(
-        self, params: list[nn.Parameter], new_share: Tensor, eps: float, found_inf: Tensor | None
+    def _update(
+        self,
+        params: list[nn.Parameter],
+        new_share: Tensor,
+        lr: Tensor | float,
+        eps: float,
+        found_inf: Tensor | None,
     ) -> Tensor:
-        """u of N parameters of one shape, (N, *shape) float32; updates their state."""
+        """lr u of N parameters of one shape, (N, *shape) float32; updates their state."""
         shape = params[0].shape
         g = torch.stack([p.grad.float() for p in params if p.grad is not None])
         if found_inf is not None:
             g = torch.where(found_inf > 0, 0.0, g)
+        # From here `g` is a copy of our own: it becomes the update in place, in few passes.
         if len(shape) < 2:
             g = g.view(len(params), -1)  # (N, C)
             variance = self._moments(params, "variance", g.shape[1])
-            _blend_(variance, g.square() + eps**2, new_share)
-            u = g * torch.stack(variance).rsqrt()
+            g.mul_(_blend_(variance, g.square() + eps**2, new_share).rsqrt())
         else:
             g = g.view(len(params), shape[0], -1)  # (N, R, C)
             rows = self._moments(params, "row", g.shape[1])
             columns = self._moments(params, "column", g.shape[2])
-            square = g.square() + eps**2
-            _blend_(rows, square.mean(2), new_share)
-            _blend_(columns, square.mean(1), new_share)
-            r = torch.stack(rows)
-            r = (r / r.mean(1, keepdim=True)).rsqrt()
-            u = g * r[:, :, None] * torch.stack(columns).rsqrt()[:, None, :]
-        rms = u.flatten(1).square().mean(1).sqrt().view(-1, *[1] * (u.dim() - 1))
-        u = u / (rms / _CLIP).clamp(min=1.0)
+            square = g.square()
+            r = _blend_(rows, square.mean(2) + eps**2, new_share)
+            c = _blend_(columns, square.mean(1) + eps**2, new_share)
+            del square
+            r = r / r.mean(1, keepdim=True)
+            g.mul_(r.rsqrt()[:, :, None]).mul_(c.rsqrt()[:, None, :])
+        u = g.view(len(params), -1)
+        rms = torch.linalg.vector_norm(u, dim=1, keepdim=True) / u.shape[1] ** 0.5
+        u.mul_(lr / (rms / _CLIP).clamp(min=1.0))
         if found_inf is not None:  # before the first good step the moments are 0 and u is NaN
             u = torch.where(found_inf > 0, 0.0, u)
         return u.view(len(params), *shape)
@@ -91,10 +97,12 @@ class Adafactor(Optimizer):
         return [self.state[p][name] for p in params]
 
 
-def _blend_(moments: list[Tensor], new: Tensor, new_share: Tensor) -> None:
-    """moments[i] += new_share (new[i] - moments[i]). moments N times (K,), new (N, K)."""
+def _blend_(moments: list[Tensor], new: Tensor, new_share: Tensor) -> Tensor:
+    """moments[i] += new_share (new[i] - moments[i]); returns them stacked. moments N times (K,),
+    new (N, K)."""
     blended = torch.stack(moments).lerp_(new, new_share)
     torch._foreach_copy_(moments, list(blended.unbind(0)))
+    return blended
 
 
 def build_adafactor(

@@ -12,8 +12,11 @@ from torch import Tensor, nn
 
 NamedParameter = tuple[str, nn.Parameter]
 
-LIMIT = 1 << 24
-"""Elements of a chunk: its float32 temporaries take 64 MiB each."""
+CPU_LIMIT = 1 << 20
+GPU_LIMIT = 1 << 24
+"""Elements of a chunk; its float32 temporaries take 4 bytes an element. On the CPU they should stay
+in the cache: Adafactor on 17 M weights took 69 ms with 2^20, 99 with 2^22 and 155 with 2^24 (one
+core of an EPYC). A GPU wants few launches."""
 
 
 def named_parameters(params: Sequence[Any]) -> list[NamedParameter]:
@@ -27,20 +30,21 @@ def named_parameters(params: Sequence[Any]) -> list[NamedParameter]:
 
 
 def chunks(
-    params: Iterable[nn.Parameter], *, same_shape: bool = False, limit: int = LIMIT
+    params: Iterable[nn.Parameter], *, same_shape: bool = False, limit: int | None = None
 ) -> Iterator[list[nn.Parameter]]:
-    """Parameters with a gradient, in lists of one device and dtype (and shape) and about `limit`
-    elements at most; a larger parameter is alone."""
+    """Parameters with a gradient, in lists of one device and dtype (and shape) and `limit`
+    elements at most (by device); a larger parameter is alone."""
     groups: dict[tuple[object, ...], list[nn.Parameter]] = {}
     for p in params:
         if p.grad is not None:
             key = (p.device, p.dtype, p.shape if same_shape else None)
             groups.setdefault(key, []).append(p)
     for group in groups.values():
+        most = limit or (CPU_LIMIT if group[0].device.type == "cpu" else GPU_LIMIT)
         chunk: list[nn.Parameter] = []
         elements = 0
         for p in group:
-            if chunk and elements + p.numel() > limit:
+            if chunk and elements + p.numel() > most:
                 yield chunk
                 chunk, elements = [], 0
             chunk.append(p)
