@@ -80,12 +80,11 @@ def open_model(config: Config) -> Model:
         adapter=config.adapter.type != "none",
     )
     device, compute = placement.device, placement.compute_dtype
-    components = (spec.denoiser_folder, "vae", "text_encoder*", "tokenizer*", "scheduler")
-    folder = resolve_model(
-        config.model.path, config.model.revision, component_patterns(*components)
-    )
-    latent_multiple = spec.latent_multiple(read_config(folder, spec.denoiser_folder))
     pixels = spec.objective == "reconstruction"
+    frozen = () if pixels else ("vae", "text_encoder*", "tokenizer*", "scheduler")
+    patterns = component_patterns(spec.denoiser_folder, *frozen)
+    folder = resolve_model(config.model.path, config.model.revision, patterns)
+    latent_multiple = spec.latent_multiple(read_config(folder, spec.denoiser_folder))
 
     def open_autoencoder() -> EncodeImages:
         # float32: the reference pipelines upcast SDXL's, and encoding happens once.
@@ -136,8 +135,10 @@ def prepare(
         bad_files = [bad for found in scans for bad in found.bad_files]
         _stop_if_unusable(config, sources, bad_files, samples)
 
-        texts = [cache.space("text", f"{encoders.text_identity}-{i}-{encoders.text_storage}")
-                 for i in range(len(encoders.open_text))]  # fmt: skip
+        texts = [
+            cache.space("text", f"{encoders.text_identity}-{number}-{encoders.text_storage}")
+            for number in range(len(encoders.open_text))
+        ]
         prompts = [*config.validation.prompts, config.validation.negative_prompt]
         captions = ["", *(p.strip() for p in prompts), *(s.sample.caption for s in samples)]
         num_captions = encode_text(
@@ -161,10 +162,10 @@ def prepare(
         cache.close()
         raise
     summary = Summary(
-        images_per_source={
-            source.path: len({c.sample.path for c in samples if c.sample.source == number})
+        images_per_source=tuple(
+            (source.path, len({c.sample.path for c in samples if c.sample.source == number}))
             for number, source in enumerate(sources)
-        },
+        ),
         **count_samples(samples, model.multiple),  # type: ignore[arg-type]
         bad_files=tuple(bad_files),
         warnings=tuple(warnings),

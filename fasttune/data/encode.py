@@ -7,9 +7,9 @@ autoencoder works, threads decode the images ahead of it.
 import gc
 import logging
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -122,8 +122,9 @@ def encode_images(
     count = 0
     with _freed(), tqdm(total=len(missing), desc="latents", unit="image", disable=hidden) as bar:
         encode = encoders.open_autoencoder() if encoders.open_autoencoder else None
-        with space.writer() as writer:
-            for decoded in _decode_ahead(chunks, workers, ahead=2 * (batch_size + workers)):
+        ahead = _decode_ahead(chunks, workers, ahead=2 * (batch_size + workers))
+        with space.writer() as writer, closing(ahead):
+            for decoded in ahead:
                 good = [
                     (cached, pixels) for cached, pixels in decoded if isinstance(pixels, Tensor)
                 ]
@@ -173,7 +174,7 @@ def _check_finite(tensors: Iterable[Tensor], what: Sequence[str]) -> None:
 
 def _decode_ahead(
     chunks: Iterable[list[CachedSample]], workers: int, ahead: int
-) -> Iterator[list[tuple[CachedSample, Tensor | BadImageError]]]:
+) -> Generator[list[tuple[CachedSample, Tensor | BadImageError]], None, None]:
     """Decoded crops, chunk by chunk in order; threads are at most `ahead` images ahead."""
     budget = PixelBudget()
 

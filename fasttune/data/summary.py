@@ -16,8 +16,8 @@ SHOWN = 10
 class Summary:
     """Counts of one `prepare`; `str` gives the text shown at its end."""
 
-    images_per_source: dict[str, int]
-    """Path of a source -> image files used, held-out ones included."""
+    images_per_source: tuple[tuple[str, int], ...]
+    """(path, image files used) of each source, held-out ones included."""
     num_train: int
     """Samples of an epoch, repeats counted."""
     num_held_out: int
@@ -39,10 +39,10 @@ class Summary:
     seconds: float
 
     def __str__(self) -> str:
-        count = sum(self.images_per_source.values())
+        count = sum(n for _, n in self.images_per_source)
         lines = [f"{count} images, {self.num_train} samples an epoch, {self.num_held_out} held out"]
         if len(self.images_per_source) > 1:
-            lines += [f"  {path}: {n}" for path, n in self.images_per_source.items()]
+            lines += [f"  {path}: {n}" for path, n in self.images_per_source]
         ordered = sorted(self.buckets.items(), key=lambda item: (-item[1], item[0]))
         named = [f"{width}x{height}: {n}" for (width, height), n in ordered[:SHOWN]]
         more = f" and {len(ordered) - SHOWN} more" if len(ordered) > SHOWN else ""
