@@ -2,6 +2,7 @@
 
 import ast
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,10 +19,10 @@ CONFIG |= {"fasttune.config_template", "fasttune.config_values", "fasttune.schem
 """The config and what works on it; needs the standard library alone."""
 
 READ_CONFIG = {"build", "cli", "doctor", "export", "init", "prepare", "sample", "train"}
-READ_CONFIG |= {"validate"}
+READ_CONFIG |= {"trained", "validate"}
 """The composition roots: below them, functions take flat keyword arguments."""
 
-COMMANDS = {f"fasttune.{name}" for name in READ_CONFIG - {"build", "validate"}}
+COMMANDS = {f"fasttune.{name}" for name in READ_CONFIG - {"build", "trained", "validate"}}
 CALLED_BY = {
     "fasttune.prepare": {"train", "validate", "cli"},
     "fasttune.sample": {"train", "validate", "cli"},
@@ -178,6 +179,15 @@ def test_no_package_shadows_another() -> None:
     # `kernels` and `tests` with an __init__.py would hide packages of these names.
     assert not (ROOT / "kernels" / "__init__.py").exists()
     assert not list((ROOT / "tests").rglob("__init__.py"))
+
+
+def test_every_package_is_installed() -> None:
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    listed = set(tomllib.loads(text)["tool"]["setuptools"]["packages"])
+    assert listed == {name_of(path.parent / "__init__.py") for path in SOURCES}
+    for name in listed:
+        place = ROOT / ("kernels" if name == "fasttune_kernels" else "") / name.replace(".", "/")
+        assert (place / "__init__.py").is_file(), f"{name} has no __init__.py"
 
 
 def test_the_loop_is_short() -> None:
