@@ -15,6 +15,11 @@ from fasttune.errors import CheckpointError, ConfigError, FasttuneError
 
 Command = Callable[[argparse.Namespace], int]
 
+LESS_MEMORY = (
+    'What takes less: memory.activations = "recompute", train.batch_size = 1 with more '
+    "train.gradient_accumulation, a smaller data.resolution, adapter.rank or cache.batch_size, "
+    'optimizer.name = "adafactor".'
+)
 OVERRIDES_HELP = "keys over the config's, such as train.steps=100 or data.0.path=photos"
 
 
@@ -35,7 +40,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader of our output, such as `head`, has left. Python would complain at exit.
         sys.stdout = None  # type: ignore[assignment]
         return 1
-    except Exception:
+    except Exception as error:
+        if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's
+            print(f"error: out of memory: {error}\n{LESS_MEMORY}", file=sys.stderr)
+            return 2
         # Through the logger, so that a run's log file has it too.
         logging.getLogger("fasttune").exception("This is a bug in fasttune. Please report it:")
         return 1
@@ -214,18 +222,22 @@ def _parser() -> argparse.ArgumentParser:
 
     train = add("train", _train, "Train a model as a config says; prepares the cache if needed.")
     train.add_argument("config", type=Path, help="TOML file; `fasttune init` writes one")
-    train.add_argument("overrides", nargs="*", metavar="key=value", help=OVERRIDES_HELP)
+    train.add_argument("overrides", nargs="*", default=[], metavar="key=value", help=OVERRIDES_HELP)
     train.add_argument(
         "--resume", metavar="WHICH", help="latest, or the path of a run folder or checkpoint"
     )
 
     prepare = add("prepare", _prepare, "Encode images and captions into the cache.")
     prepare.add_argument("config", type=Path, help="TOML file")
-    prepare.add_argument("overrides", nargs="*", metavar="key=value", help=OVERRIDES_HELP)
+    prepare.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help=OVERRIDES_HELP
+    )
 
     sample = add("sample", _sample, "Make images with a model, before or after training.")
     sample.add_argument("source", type=Path, help="run folder, checkpoint, or config file")
-    sample.add_argument("overrides", nargs="*", metavar="key=value", help=OVERRIDES_HELP)
+    sample.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help=OVERRIDES_HELP
+    )
     sample.add_argument("--prompt", action="append", help="repeat for several")
     sample.add_argument("--negative-prompt", help="what guidance leads away from")
     sample.add_argument("--seed", action="append", type=int, help="repeat for several")

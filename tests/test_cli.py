@@ -177,6 +177,23 @@ def test_a_bug_shows_its_traceback(
     assert "ZeroDivisionError: ours" in message
 
 
+@pytest.mark.parametrize(
+    "error", [MemoryError("host"), type("OutOfMemoryError", (RuntimeError,), {})("CUDA")]
+)
+def test_out_of_memory_says_what_takes_less(
+    config: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    error: Exception,
+) -> None:
+    stand_in(monkeypatch, "prepare", "prepare", error)
+    assert main(["prepare", str(config)]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith(f"error: out of memory: {error}\n")
+    assert "train.batch_size" in message
+    assert "Traceback" not in message
+
+
 def test_interrupt(
     config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
