@@ -45,7 +45,7 @@ def objective_for(config: Config, spec: ModelSpec, folder: Path) -> Objective:
     """The training objective: the family's and the folder's numbers, then the config's."""
     o = config.objective
     if spec.objective == "reconstruction":
-        return Reconstruction(kl_weight=o.kl_weight)
+        return Reconstruction(kl_weight=o.kl_weight, loss_name=o.loss, huber_delta=o.huber_delta)
     sampling = spec.timestep_sampling if o.timestep_sampling == "auto" else o.timestep_sampling
     if spec.objective == "flow_matching":
         flow = flow_matching.from_scheduler_config(scheduler_config(folder))

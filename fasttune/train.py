@@ -13,7 +13,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 from logging.handlers import MemoryHandler
 from pathlib import Path
@@ -152,7 +152,7 @@ def _train(
     generator = torch.Generator(device)
     guidance = torch.full((t_.batch_size,), o.guidance, device=device)
 
-    with stop_on_signals() as stop, batches:
+    with closing(metrics), batches, stop_on_signals() as stop:
         denoiser.train()
         if step == 0 and config.validation.every:
             validate()
@@ -195,21 +195,20 @@ def _train(
         save()
         if stop.signal is None and config.validation.every and step % config.validation.every:
             validate()
-    metrics.log_now(step)
-    weights = []
-    if stop.signal is None:
-        with metrics.paused("export"):
-            weights = export(
-                config,
-                checkpoint=checkpoints / checkpoint_name(step),
-                formats=config.export.formats,
-                dtype=config.export.dtype,
-                out=run_dir / "weights",
-            )
-    summary = metrics.summary()
-    summary["seconds"] = seconds | summary["seconds"]
-    summary |= {"placement": placement.reason, "torch": torch.__version__, "weights": weights}
-    metrics.close()
+        metrics.log_now(step)
+        weights = []
+        if stop.signal is None:
+            with metrics.paused("export"):
+                weights = export(
+                    config,
+                    checkpoint=checkpoints / checkpoint_name(step),
+                    formats=config.export.formats,
+                    dtype=config.export.dtype,
+                    out=run_dir / "weights",
+                )
+        summary = metrics.summary()
+        summary["seconds"] = seconds | summary["seconds"]
+        summary |= {"placement": placement.reason, "torch": torch.__version__, "weights": weights}
     write_text(run_dir / "summary.json", json.dumps(summary, indent=1, default=str))
     report = write_report(run_dir)
     if stop.signal is not None:

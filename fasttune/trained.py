@@ -1,5 +1,6 @@
 """What a run trains and what trains it: parameters, optimizer, loss scale and average."""
 
+import logging
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from fasttune.adapters.formats import load_lora
 from fasttune.checkpoint import ResumeState, check_same_tensors
 from fasttune.config import Config
-from fasttune.device import Placement
+from fasttune.device import Placement, short
 from fasttune.errors import CheckpointError
 from fasttune.optim import build_optimizer, load_state_tensors, set_lr, state_tensors
 from fasttune.optim.clip import clip_by_global_norm_
@@ -19,13 +20,23 @@ from fasttune.optim.ema import Ema
 from fasttune.optim.loss_scale import LossScaler
 from fasttune.optim.schedule import lr_factor
 
+log = logging.getLogger(__name__)
+
 
 class Trained:
     """The trainable parameters of a network and everything whose state a checkpoint holds."""
 
     def __init__(self, config: Config, denoiser: nn.Module, placement: Placement) -> None:
         if config.adapter.init_from is not None:
-            load_lora(denoiser, Path(config.adapter.init_from))
+            aside = load_lora(denoiser, Path(config.adapter.init_from))
+            if aside:
+                log.warning(
+                    "adapter.init_from: %d tensors of text encoders in %s are left aside, such as %s;"
+                    " text encoders are not trained",
+                    len(aside),
+                    config.adapter.init_from,
+                    aside[0],
+                )
         self._config = config
         self.parameters = {name: p for name, p in denoiser.named_parameters() if p.requires_grad}
         o = config.optimizer
@@ -42,6 +53,7 @@ class Trained:
         )
         fp16 = placement.compute_dtype == torch.float16
         self._scaler = LossScaler(placement.device) if fp16 else None
+        self._base_dtype = short(placement.base_dtype)
 
     def set_lr(self, step: int) -> float:
         """Sets the learning rate of the update after `step` updates, and returns it."""
@@ -95,7 +107,11 @@ class Trained:
             groups["loss_scale"] = self._scaler.state_tensors()
         c = self._config
         made_by = {"family": c.model.family, "model": c.model.path, "optimizer": c.optimizer.name}
-        return groups, {"made_by": made_by, "optimizer": numbers}
+        return groups, {
+            "made_by": made_by,
+            "base_dtype": self._base_dtype,
+            "optimizer": numbers,
+        }
 
     @torch.no_grad()
     def restore(self, resumed: ResumeState) -> int:
