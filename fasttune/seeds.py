@@ -33,6 +33,19 @@ def generator_for(
     return torch.Generator(device=device).manual_seed(derive_seed(seed, *parts))
 
 
+def seed_default(device: torch.device, seed: int) -> None:
+    """Seeds the default generators that a network on `device` draws from, its own and the CPU's.
+
+    torch.manual_seed also visits every other backend and, where there is no CUDA device, formats
+    a stack trace for later: 0.17 ms a call (0.6 ms between training steps), against 0.002 ms.
+    """
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)
+    elif device.type == "mps":
+        torch.mps.manual_seed(seed)
+
+
 def dropped(seed: int, micro_batch_index: int, batch_size: int, probability: float) -> Tensor:
     """Caption dropout: which samples of a micro-batch train with the empty caption.
 

@@ -44,7 +44,7 @@ from fasttune.models.weights import read_config
 from fasttune.prepare import Prepared, prepare, write_bad_files
 from fasttune.report import write_report
 from fasttune.run_folder import new_run, resume_run, stop_on_signals, write_text
-from fasttune.seeds import derive_seed
+from fasttune.seeds import derive_seed, seed_default
 from fasttune.trained import Trained
 from fasttune.validate import Validator
 
@@ -164,7 +164,7 @@ def _train(
                 batch = next(batches)
                 seed = derive_seed(config.run.seed, "micro-batch", batch.micro_batch)
                 generator.manual_seed(seed)
-                torch.manual_seed(seed)  # dropout inside the network
+                seed_default(device, seed)  # dropout inside the network
 
                 clean = batch.latent_mean
                 if batch.latent_std is not None:

@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from fasttune.seeds import derive_seed, dropped, generator_for
+from fasttune.seeds import derive_seed, dropped, generator_for, seed_default
 
 
 def test_seeds_are_stable_and_distinct() -> None:
@@ -21,6 +21,14 @@ def test_generators_repeat_and_differ() -> None:
     a = torch.rand(4, generator=generator_for(1, "noise", 0))
     assert torch.equal(a, torch.rand(4, generator=generator_for(1, "noise", 0)))
     assert not torch.equal(a, torch.rand(4, generator=generator_for(1, "noise", 1)))
+
+
+def test_default_generators_draw_as_after_manual_seed() -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(5)
+        expected = torch.rand(4)
+        seed_default(torch.device("cpu"), 5)
+        assert torch.equal(torch.rand(4), expected)
 
 
 def test_caption_dropout_has_its_rate_and_is_a_function_of_the_micro_batch() -> None:
