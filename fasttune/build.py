@@ -27,10 +27,12 @@ Objective = FlowMatching | Ddpm | Reconstruction
 
 def placement_for(config: Config) -> Placement:
     """Device and dtypes of the run; HardwareError if the machine cannot honour them."""
+    # The layers of diffusers' autoencoder do not cast, and fp32 is what its training needs.
+    fp32 = config.model.family == "autoencoder"
     return place(
         device=config.run.device,
-        base=config.precision.base,
-        compute=config.precision.compute,
+        base="fp32" if fp32 else config.precision.base,
+        compute="fp32" if fp32 else config.precision.compute,
         adapter=config.adapter.type != "none",
     )
 

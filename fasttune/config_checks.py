@@ -139,6 +139,14 @@ def _adapter_clashes(config: Config) -> Iterator[Finding]:
             f'adapter.type = "{adapter.type}": family "autoencoder" is trained whole; write '
             'adapter.type = "none"',
         )
+    if config.model.family == "autoencoder" and {precision.base, precision.compute} & {
+        "bf16",
+        "fp16",
+    }:
+        yield (
+            ("model.family", "precision.base", "precision.compute"),
+            'precision: family "autoencoder" is trained in fp32; leave base and compute "auto"',
+        )
     if adapter.type == "none" and adapter.init_from is not None:
         yield (
             ("adapter.type", "adapter.init_from"),
@@ -295,13 +303,13 @@ def _validation_clashes(config: Config) -> Iterator[Finding]:
     for text in validation.resolutions:
         match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
         if match is None or min(int(match[1]), int(match[2])) < 16:
-            yield (
-                ("validation.resolutions",),
-                f'validation.resolutions: "{text}"; expected width x height in pixels, such as '
-                '"1024x768"',
-            )
+            line = f'validation.resolutions: "{text}"; expected width x height, such as "1024x768"'
+            yield ("validation.resolutions",), line
     if not validation.seeds:
         yield ("validation.seeds",), "validation.seeds: empty; expected at least one, such as [0]"
+    if config.model.family == "flux" and validation.negative_prompt:
+        text = "validation.negative_prompt: Flux has built-in guidance and takes none; remove it"
+        yield ("validation.negative_prompt", "model.family"), text
     if config.model.family == "autoencoder" and validation.prompts:
         yield (
             ("validation.prompts", "model.family"),

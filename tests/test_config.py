@@ -83,7 +83,8 @@ def test_from_overrides_alone() -> None:
     ],
 )
 def test_override_values(tmp_path: Path, override: str, value: Any) -> None:
-    config = load(tmp_path, MINIMAL, "model.family=flux", override)
+    family = "sdxl" if "negative_prompt" in override else "flux"
+    config = load(tmp_path, MINIMAL, f"model.family={family}", override)
     section, *_, key = override.partition("=")[0].split(".")
     owner = config.data[0] if section == "data" else getattr(config, section)
     assert getattr(owner, key) == value
@@ -176,6 +177,8 @@ def test_all_problems_together(tmp_path: Path) -> None:
         ([*AUTOENCODER, "objective.prediction=velocity"], ["objective.prediction"]),
         ([*AUTOENCODER, "objective.timestep_sampling=uniform"], ["no timesteps"]),
         ([*AUTOENCODER, "validation.prompts=x"], ["validation.prompts"]),
+        ([*AUTOENCODER, "precision.compute=bf16"], ["autoencoder", "fp32"]),
+        ([*FLUX, "validation.negative_prompt=x"], ["validation.negative_prompt", "guidance"]),
         ([*WHOLE, "adapter.init_from=x"], ["adapter.init_from"]),
         ([*WHOLE, "precision.base=fp16", "precision.compute=fp16"], ["precision.base", "fp32"]),
         ([*WHOLE, "export.formats=kohya"], ['"kohya"', '"diffusers", "single_file"']),
