@@ -62,7 +62,10 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _set_up_logging(*, verbose: bool) -> None:
-    """Messages of fasttune go to stderr: from INFO on, with -v all."""
+    """Messages of fasttune go to stderr: from INFO on, with -v all. Warnings that other libraries
+    log without a handler of their own are shown with -v alone."""
+    if not verbose:
+        logging.getLogger().addHandler(logging.NullHandler())
     logger = logging.getLogger("fasttune")
     logger.setLevel(logging.DEBUG)
     for handler in [h for h in logger.handlers if getattr(h, "is_console", False)]:
