@@ -1,22 +1,34 @@
 """From the config to the objects of a run. train.py, sample.py and export.py share these, so that
 they cannot disagree about what a config means."""
 
-import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from fasttune import ddpm, flow_matching
-from fasttune.adapters.lora import apply_lora
+from fasttune.adapters.formats import read_lora
+from fasttune.adapters.lora import apply_lora, module_shapes
+from fasttune.checkpoint import ResumeState, check_same_tensors
 from fasttune.config import Config
 from fasttune.ddpm import Ddpm
-from fasttune.device import Placement, place
+from fasttune.device import Placement, place, short
 from fasttune.errors import ConfigError
 from fasttune.flow_matching import FlowMatching
+from fasttune.models import MODELS
 from fasttune.models.spec import ModelSpec
-from fasttune.models.weights import init_random, load_denoiser
+from fasttune.models.weights import (
+    build_on_meta,
+    check_denoiser,
+    component_patterns,
+    init_random,
+    load_denoiser,
+    read_config,
+    resolve_model,
+)
 from fasttune.reconstruction import Reconstruction
 from fasttune.seeds import derive_seed
 
@@ -38,9 +50,57 @@ def placement_for(config: Config) -> Placement:
 
 
 def scheduler_config(folder: Path) -> dict[str, Any]:
-    """scheduler/scheduler_config.json of a model folder; empty if it has none."""
-    path = folder / "scheduler" / "scheduler_config.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    """scheduler/scheduler_config.json of a model folder: the betas, prediction or shift the model
+    was trained with. Raises ModelError where it is missing or damaged."""
+    return read_config(folder, "scheduler", "scheduler_config.json")
+
+
+def resolved(config: Config, placement: Placement, objective: Objective) -> Config:
+    """The config with what "auto" has chosen on this machine for this model."""
+    dtypes: dict[str, Any] = {
+        "base": short(placement.base_dtype),
+        "compute": short(placement.compute_dtype),
+    }
+    chosen: dict[str, Any] = {}
+    if isinstance(objective, FlowMatching):
+        sampling = objective.timestep_sampling
+        chosen = {"prediction": "velocity", "timestep_sampling": sampling}
+        if sampling != "explicit":  # explicit noise levels are used as they are
+            chosen["shift"] = objective.shift
+    elif isinstance(objective, Ddpm):
+        chosen = {
+            "prediction": objective.prediction,
+            "timestep_sampling": objective.timestep_sampling,
+        }
+    cache = config.cache
+    if cache.text_storage == "auto" and placement.compute_dtype != torch.float16:
+        cache = replace(cache, text_storage=short(placement.compute_dtype))  # type: ignore[arg-type]
+    return replace(
+        config,
+        run=replace(config.run, device=placement.device.type),  # type: ignore[arg-type]
+        precision=replace(config.precision, **dtypes),
+        objective=replace(config.objective, **chosen),
+        cache=cache,
+    )
+
+
+def check_model(config: Config, resumed: ResumeState | None = None) -> Objective:
+    """Everything about the model that can be known from names, shapes and small files, before
+    hours of caching: weight files, adapter targets, starting LoRA, resume state, resolutions.
+    Returns the objective. Raises what loading would raise."""
+    spec = MODELS[config.model.family]
+    parts = component_patterns(spec.denoiser_folder, "scheduler", "vae")
+    folder = resolve_model(config.model.path, config.model.revision, parts)
+    objective = objective_for(config, spec, folder)
+    random = config.model.init == "random"
+    denoiser = build_on_meta(spec, folder) if random else check_denoiser(spec, folder)
+    adapt(config, spec, denoiser)
+    if config.adapter.init_from is not None:
+        read_lora(Path(config.adapter.init_from), module_shapes(denoiser))
+    if resumed is not None:
+        trained = {name: p for name, p in denoiser.named_parameters() if p.requires_grad}
+        check_same_tensors(resumed.path, resumed.groups["trainable"], trained)
+    return objective
 
 
 def objective_for(config: Config, spec: ModelSpec, folder: Path) -> Objective:
@@ -97,19 +157,25 @@ def denoiser_for(config: Config, spec: ModelSpec, folder: Path, placement: Place
         denoiser = init_random(spec, folder, dtype=dtype, device=device, seed=seed)
     else:
         denoiser = load_denoiser(spec, folder, dtype=dtype, device=device)
-    denoiser.requires_grad_(config.adapter.type == "none")
-    if config.adapter.type == "lora":
-        targets = config.adapter.targets
-        patterns = (
-            spec.adapter_targets.get(targets, (targets,)) if isinstance(targets, str) else targets
-        )
-        names = apply_lora(
-            denoiser,
-            targets=patterns,
-            rank=config.adapter.rank,
-            alpha=config.adapter.alpha,
-            dropout=config.adapter.dropout,
-            seed=derive_seed(config.run.seed, "lora"),
-        )
-        log.info("LoRA rank %d on %d modules", config.adapter.rank, len(names))
+    adapt(config, spec, denoiser)
     return denoiser
+
+
+def adapt(config: Config, spec: ModelSpec, denoiser: nn.Module) -> None:
+    """Freezes the network and adds the untrained adapter, or leaves all of it trainable."""
+    denoiser.requires_grad_(config.adapter.type == "none")
+    if config.adapter.type == "none":
+        return
+    targets = config.adapter.targets
+    patterns = (
+        spec.adapter_targets.get(targets, (targets,)) if isinstance(targets, str) else targets
+    )
+    names = apply_lora(
+        denoiser,
+        targets=patterns,
+        rank=config.adapter.rank,
+        alpha=config.adapter.alpha,
+        dropout=config.adapter.dropout,
+        seed=derive_seed(config.run.seed, "lora"),
+    )
+    log.info("LoRA rank %d on %d modules", config.adapter.rank, len(names))

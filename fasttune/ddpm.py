@@ -200,7 +200,12 @@ def from_scheduler_config(config: Mapping[str, Any]) -> SchedulerNumbers:
 
     Raises ModelError for schedules that would be trained or sampled wrongly.
     """
-    spacing_default = "leading" if config.get("_class_name") in _LEADING_BY_DEFAULT else "linspace"
+    kind = str(config.get("_class_name", ""))
+    if kind.startswith(("EDM", "FlowMatch", "CM")):
+        raise ModelError(
+            f"scheduler_config.json: {kind} is not a DDPM schedule; its model cannot be trained as one"
+        )
+    spacing_default = "leading" if kind in _LEADING_BY_DEFAULT else "linspace"
     prediction = config.get("prediction_type", "epsilon")
     beta_schedule = config.get("beta_schedule", "linear")
     spacing = config.get("timestep_spacing", spacing_default)

@@ -167,6 +167,9 @@ def from_scheduler_config(config: Mapping[str, Any]) -> SchedulerNumbers:
         "time_shift_type": "exponential",
         "stochastic_sampling": False,
     }
+    kind = str(config.get("_class_name", "FlowMatch"))
+    if not kind.startswith("FlowMatch"):
+        raise ModelError(f"scheduler_config.json: {kind} is not a schedule of flow matching")
     for key, allowed in unsupported.items():
         if (config.get(key, allowed) or allowed) != allowed:
             raise ModelError(

@@ -10,7 +10,6 @@ import dataclasses
 import json
 import logging
 import signal
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
@@ -22,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fasttune.build import denoiser_for, objective_for, placement_for
+from fasttune.build import check_model, denoiser_for, objective_for, placement_for, resolved
 from fasttune.checkpoint import (
     ResumeState,
     checkpoint_name,
@@ -65,6 +64,7 @@ def train(config: Config, *, resume: str | None = None, verbose: bool = False) -
     with ExitStack() as stack:
         early = stack.enter_context(_kept_log())
         log.info("%s", placement.reason)
+        config = resolved(config, placement, check_model(config, resumed))
         prepared = prepare(config)
         stack.callback(prepared.cache.close)
         run_dir = run_dir or new_run(config.run.output_dir, config.run.name)
@@ -113,7 +113,6 @@ def _train(
             config=dataclasses.asdict(config),
             start_step=step,
         ),
-        show_progress=sys.stderr.isatty(),
     )
     checkpoints = run_dir / "checkpoints"
     saved_step = step if resumed is not None else None

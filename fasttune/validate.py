@@ -10,7 +10,7 @@ from torch import nn
 from fasttune.build import Objective
 from fasttune.checkpoint import checkpoint_name
 from fasttune.config import Config
-from fasttune.data.loader import fixed_batches
+from fasttune.data.loader import CachedSample, fixed_batches
 from fasttune.device import Placement
 from fasttune.grid import make_grid, save_png
 from fasttune.held_out import HeldOutBatch, held_out_loss
@@ -70,25 +70,12 @@ class Validator:
     def _held_out(self, step: int, denoiser: nn.Module, metrics: Metrics) -> None:
         samples, placement = self._prepared.held_out, self._placement
         times = self._objective.held_out_times(self._config.validation.held_out_timesteps)
-        batches = []
-        for indices in fixed_batches(samples, self._config.train.batch_size):
-            chosen = [samples[index] for index in indices]
-            batch = self._prepared.reader.read(chosen)
-            batches.append(
-                HeldOutBatch(
-                    clean_latents=batch.latent_mean,
-                    conditions=select_conditions(
-                        batch.conditions, text_mask=self._config.objective.text_mask
-                    ),
-                    sizes=batch.sizes,
-                    keys=[cached.sample.name for cached in chosen],
-                )
-            )
+        indices = fixed_batches(samples, self._config.train.batch_size)
         result = held_out_loss(
             self._spec,
             denoiser,
             self._objective,
-            batches,
+            (self._held_out_batch([samples[index] for index in some]) for some in indices),
             timesteps=times,
             seed=self._config.run.seed,
             device=placement.device,
@@ -96,6 +83,16 @@ class Validator:
             guidance=self._config.objective.guidance,
         )
         metrics.held_out(step, result.loss, result.by_timestep, times)
+
+    def _held_out_batch(self, chosen: list[CachedSample]) -> HeldOutBatch:
+        batch = self._prepared.reader.read(chosen)
+        text_mask = self._config.objective.text_mask
+        return HeldOutBatch(
+            clean_latents=batch.latent_mean,
+            conditions=select_conditions(batch.conditions, text_mask=text_mask),
+            sizes=batch.sizes,
+            keys=[cached.sample.name for cached in chosen],
+        )
 
     def _samples(self, step: int, denoiser: nn.Module) -> Path:
         v, placement = self._config.validation, self._placement

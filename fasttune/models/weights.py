@@ -100,9 +100,9 @@ def _download(hub_id: str, revision: str, patterns: Sequence[str]) -> Path:
         raise ModelError(f"{here} cannot be downloaded: {error}") from error
 
 
-def read_config(folder: Path, component: str) -> dict[str, Any]:
+def read_config(folder: Path, component: str, name: str = "config.json") -> dict[str, Any]:
     """config.json of a sub-folder. Raises ModelError where there is none, or no JSON object."""
-    path = folder / component / "config.json"
+    path = folder / component / name
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -133,6 +133,14 @@ def build_on_meta(spec: ModelSpec, folder: Path) -> nn.Module:
         return spec.build(config)
 
 
+def check_denoiser(spec: ModelSpec, folder: Path) -> nn.Module:
+    """The network on meta, after its weight files were found whole and fitting by their headers:
+    seconds, whatever the size. Raises ModelError as `load_denoiser` does."""
+    denoiser = build_on_meta(spec, folder)
+    _check_tensors(spec, denoiser, find_shards(folder / spec.denoiser_folder))
+    return denoiser
+
+
 def load_denoiser(
     spec: ModelSpec, folder: Path, *, dtype: torch.dtype, device: torch.device
 ) -> nn.Module:
@@ -141,10 +149,8 @@ def load_denoiser(
     Weights are private, writable memory. Raises ModelError, naming the file, for a missing or
     damaged shard and for missing, unexpected, mis-shaped or quantized tensors.
     """
-    denoiser = build_on_meta(spec, folder)
-    shards = find_shards(folder / spec.denoiser_folder)
-    _check_tensors(spec, denoiser, shards)
-    for path in shards:
+    denoiser = check_denoiser(spec, folder)
+    for path in find_shards(folder / spec.denoiser_folder):
         # one shard mapped at a time: its pages are given back before the next one is read
         with _open_shard(path) as shard:
             for name in shard.keys():
