@@ -5,9 +5,10 @@
 Run it in the root of the repository. Five stages, in this order:
 
 1. tokenizers, configs and random weights of the text encoders     -> configs/quickstart/model
-2. crops: random regions of the photographs with their captions    -> cache/quickstart-crops
+2. training images: regions of the photographs, for the U-Net with their captions and for the
+   autoencoder changed in colour    -> cache/quickstart-crops, cache/quickstart-patches
 3. text encoders: a contrastive objective between captions and crops, in this file
-4. autoencoder: `fasttune train configs/tiny-vae.toml`, then its latents are scaled to unit variance
+4. autoencoder: `fasttune train configs/tiny-vae.toml`, then its latents get unit variance
 5. U-Net: `fasttune train configs/tiny-sdxl.toml`
 
 Stages 1 to 3 take about a minute and are repeated by each start with the same result. Stages 4 and
@@ -34,6 +35,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, EulerDiscreteScheduler, UNet2DConditionModel
 from PIL import Image
+from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import (
@@ -46,7 +48,10 @@ from transformers import (
 HERE = Path("configs/quickstart")
 MODEL = HERE / "model"
 CROPS = Path("cache/quickstart-crops")
+PATCHES = Path("cache/quickstart-patches")
+PATCHES_OF_SIDE = {64: 3200, 96: 800}
 SEED = 0
+WEIGHTS = "diffusion_pytorch_model.safetensors"
 CROPS_PER_PHOTO = 32
 WIDTHS = (64, 96)  # of the two text encoders
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -115,6 +120,7 @@ def write_configs() -> None:
         norm_num_groups=8,
         sample_size=96,
         mid_block_add_attention=False,
+        scaling_factor=1.0,  # standardise_latents sees to it
         force_upcast=False,  # its activations stay far below fp16's range
     )
     vae.save_config(MODEL / "vae")
@@ -122,10 +128,10 @@ def write_configs() -> None:
         sample_size=24,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        block_out_channels=(48, 96, 192),
+        block_out_channels=(32, 64, 128),
         layers_per_block=1,
         transformer_layers_per_block=(1, 1, 1),
-        attention_head_dim=(2, 3, 6),  # diffusers' name for the number of heads
+        attention_head_dim=(1, 2, 4),  # diffusers' name for the number of heads
         cross_attention_dim=sum(WIDTHS),
         addition_embed_type="text_time",
         addition_time_embed_dim=8,
@@ -184,6 +190,41 @@ def cut_crops() -> None:
             crop.save(CROPS / f"{path.stem}-{i:02}.png")
             words = caption if rng.random() < 0.7 else re.sub(r"^.*photo of ", "", caption)
             (CROPS / f"{path.stem}-{i:02}.txt").write_text(words + "\n", "utf-8")
+
+
+def cut_patches() -> None:
+    """What the autoencoder is trained on: squares of any size cut from the photographs, turned,
+    mirrored, and changed in colour.
+
+    A dozen photographs hold few colours, and an autoencoder that has seen no others reproduces no
+    others: without the changes the subject came out at 21 dB, the training images at 26.
+    """
+    shutil.rmtree(PATCHES, ignore_errors=True)
+    rng = random.Random(SEED)
+    photos = [Image.open(path).convert("RGB") for path in sorted((HERE / "photos").glob("*.jpg"))]
+    for side, count in PATCHES_OF_SIDE.items():
+        folder = PATCHES / str(side)
+        folder.mkdir(parents=True)
+        for i in range(count):
+            photo = photos[i % len(photos)]
+            cut = rng.uniform(48, min(photo.size))
+            left, top = rng.uniform(0, photo.width - cut), rng.uniform(0, photo.height - cut)
+            box = (left, top, left + cut, top + cut)
+            patch = photo.resize((side, side), Image.Resampling.LANCZOS, box)
+            pixels = np.rot90(np.asarray(patch) / 255, rng.randrange(4))
+            if rng.random() < 0.5:
+                pixels = pixels[:, ::-1]
+            if rng.random() < 0.7:  # any order of red, green and blue
+                pixels = pixels[..., rng.sample(range(3), 3)]
+            if rng.random() < 0.2:
+                pixels = 1 - pixels
+            mean = pixels.mean(axis=(0, 1))
+            contrast = [rng.uniform(0.4, 1.2) for _ in range(3)]
+            if rng.random() < 0.5:
+                contrast = contrast[:1] * 3
+            brightness = [rng.uniform(-0.25, 0.25) for _ in range(3)]
+            pixels = ((pixels - mean) * contrast + mean + brightness).clip(0, 1) * 255
+            Image.fromarray(pixels.round().astype(np.uint8)).save(folder / f"{i:04}.png")
 
 
 class ImageTower(nn.Sequential):
@@ -286,23 +327,35 @@ def train(config: str, *, fresh: bool) -> Path:
 
 def install(exported: Path, component: str) -> None:
     """Takes the trained weights of one component over into the model folder."""
-    weights = "diffusion_pytorch_model.safetensors"
-    shutil.copyfile(exported / component / weights, MODEL / component / weights)
+    shutil.copyfile(exported / component / WEIGHTS, MODEL / component / WEIGHTS)
 
 
 @torch.no_grad()
-def scale_latents() -> float:
-    """Writes the scaling factor that gives the crops' latents unit variance."""
-    config = json.loads((MODEL / "vae" / "config.json").read_text("utf-8"))
-    write_json(MODEL / "vae" / "config.json", {**config, "scaling_factor": 1.0})
+def standardise_latents() -> Tensor:
+    """Gives each latent channel mean 0 and variance 1 on the crops, so that the U-Net's noise levels
+    mean the same for all of them; returns the standard deviations as they were.
+
+    The change is exact: it goes into the 1 x 1 convolutions on either side of the latents, and
+    scaling_factor is 1.
+    """
     vae = AutoencoderKL.from_pretrained(MODEL / "vae", torch_dtype=torch.float32)
-    means = [
-        vae.encode(square(path, 96)[None]).latent_dist.mean.flatten()
-        for path in sorted(CROPS.glob("*.png"))[::7]
-    ]
-    factor = round(1 / torch.cat(means).square().mean().sqrt().item(), 4)
-    write_json(MODEL / "vae" / "config.json", {**config, "scaling_factor": factor})
-    return factor
+    latents = torch.cat(
+        [
+            vae.encode(square(path, 96)[None]).latent_dist.mean
+            for path in sorted(CROPS.glob("*.png"))[::7]
+        ]
+    )
+    mean, std = latents.mean(dim=(0, 2, 3)), latents.std(dim=(0, 2, 3))
+    encoder, decoder = vae.quant_conv, vae.post_quant_conv
+    n = len(mean)
+    encoder.weight[:n] /= std[:, None, None, None]
+    encoder.bias[:n] = (encoder.bias[:n] - mean) / std
+    encoder.bias[n:] -= 2 * std.log()  # log-variances
+    decoder.bias += decoder.weight[:, :, 0, 0] @ mean
+    decoder.weight *= std[None, :, None, None]
+    half = {name: tensor.half().contiguous() for name, tensor in vae.state_dict().items()}
+    save_file(half, MODEL / "vae" / WEIGHTS, metadata={"format": "pt"})
+    return std
 
 
 @torch.no_grad()
@@ -356,10 +409,12 @@ def main() -> None:
     say(f"tokenizers: {vocab_size} tokens")
     write_configs()
     cut_crops()
+    cut_patches()
     train_text_encoders(vocab_size)
 
     install(train("configs/tiny-vae.toml", fresh=fresh), "vae")
-    say(f"autoencoder: scaling_factor {scale_latents()}")
+    before = ", ".join(f"{std:.2f}" for std in standardise_latents().tolist())
+    say(f"autoencoder: standard deviations of the latents were {before}, and are 1 now")
     install(train("configs/tiny-sdxl.toml", fresh=fresh), "unet")
 
     unseen = sorted([*HERE.glob("subject/*.jpg"), *HERE.glob("subject-held-out/*.jpg")])
