@@ -14,7 +14,6 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import PIL
 import torch
@@ -247,32 +246,27 @@ def _plan_source(
         max_aspect=source.max_aspect,
         aspect_buckets=source.aspect_buckets,
     )
-    plans: dict[tuple[int, int], aspect.CropPlan] = {}
+    plans: dict[tuple[int, int], tuple[aspect.CropPlan, str]] = {}
     for sample in samples:
         size = (sample.width, sample.height)
-        if source.crop == "random" and not sample.held_out:
-            crop_plan = aspect.plan(
+        planned = plans.get(size)
+        if planned is None:
+            # held-out images keep one crop, so that their loss can be compared
+            crop = "center" if source.crop == "random" and sample.held_out else source.crop
+            p = aspect.plan(
                 *size,
                 buckets=sizes,
-                crop="random",
+                crop=crop,
                 seed=seed,
                 name=sample.name,
                 repeat=sample.repeat,
             )
-        elif size in plans:
-            crop_plan = plans[size]
-        else:
-            # held-out images keep one crop, whatever the repeats
-            fixed: Literal["center", "corner"] = "corner" if source.crop == "corner" else "center"
-            crop_plan = plans[size] = aspect.plan(*size, buckets=sizes, crop=fixed)
-        p = crop_plan
-        key = make_key(
-            sample.path,
-            sample.file_size,
-            sample.mtime_ns,
-            f"{p.resize_width} {p.resize_height} {p.left} {p.top}",
-            f"{p.target_width} {p.target_height}",
-        )
+            scaled = f"{p.resize_width} {p.resize_height} {p.left} {p.top}"
+            planned = (p, f"{scaled} {p.target_width} {p.target_height}")
+            if source.crop != "random":
+                plans[size] = planned
+        crop_plan, numbers = planned
+        key = make_key(sample.path, sample.file_size, sample.mtime_ns, numbers)
         yield CachedSample(sample, crop_plan, key, text_key(sample.caption))
 
 

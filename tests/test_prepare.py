@@ -3,7 +3,6 @@
 import dataclasses
 import errno
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -315,10 +314,10 @@ def test_a_full_disk_keeps_what_was_encoded(
 KILLED = textwrap.dedent(
     """
     import os, signal, sys
-    from fasttune.data import cache
 
-    tests, where, count = sys.argv[1], sys.argv[2], int(sys.argv[3])
-    sys.path.insert(0, tests)
+    root, where, count = sys.argv[1], sys.argv[2], int(sys.argv[3])
+    sys.path[:0] = [root, root + "/kernels", root + "/tests"]
+    from fasttune.data import cache
     from test_prepare import Fake, config_for
     from fasttune.prepare import prepare
     from pathlib import Path
@@ -370,11 +369,9 @@ def test_killed_anywhere_and_resumed(
     }
     counts = {"write": "3", "index": "2", "encode": "3"}
     for where, (first, second, images) in expected.items():
-        command = [sys.executable, str(script), str(Path(__file__).parent), where, counts[where]]
+        command = [sys.executable, str(script), str(ROOT), where, counts[where]]
         command += [str(folder), str(tmp_path / "cache")]
-        path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
-        environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == -signal.SIGKILL, done.stderr
         with cache_module.Cache(tmp_path / "cache") as cache:
             one, two = (cache.space("text", f"fake-{i}-fp32") for i in range(2))

@@ -58,7 +58,7 @@ CREATE INDEX IF NOT EXISTS entries_of_shard ON entries (shard);
 
 def make_key(*parts: object) -> bytes:
     """16 bytes that differ whenever a part does."""
-    text = "\0".join(map(str, parts)).encode(errors="surrogatepass")
+    text = "\0".join([str(part) for part in parts]).encode(errors="surrogatepass")
     return hashlib.blake2b(text, digest_size=16).digest()
 
 

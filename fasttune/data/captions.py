@@ -80,7 +80,8 @@ def read_captions(
 
 
 def _stem(name: str) -> str:
-    return name[: name.rindex(".")] if "." in posixpath.basename(name) else name
+    """Without the extension, which every image and text file has."""
+    return name.rpartition(".")[0]
 
 
 def _from_filename(name: str) -> str:
@@ -88,7 +89,7 @@ def _from_filename(name: str) -> str:
 
 
 def _clean(text: str) -> str:
-    return text.replace("\r\n", "\n").replace("\r", "\n").strip()
+    return (text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text).strip()
 
 
 def _from_text_files(folder: str, names: Sequence[str], text_names: Iterable[str]) -> Captions:

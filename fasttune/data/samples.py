@@ -163,7 +163,8 @@ def _walk(root: str) -> tuple[list[_Found], list[str], list[BadFile]]:
             if entry.is_dir():
                 pending.append((f"{folder}/{file_name}", f"{prefix}{file_name}/"))
                 continue
-            extension = os.path.splitext(file_name)[1].lower()
+            _, dot, ending = file_name.rpartition(".")
+            extension = dot + ending.lower()
             name = prefix + file_name
             if extension == ".txt":
                 texts.append(name)
@@ -186,7 +187,7 @@ def _walk(root: str) -> tuple[list[_Found], list[str], list[BadFile]]:
 
 def _name_problem(name: str) -> str | None:
     try:
-        name.encode()
+        name.isascii() or name.encode()
     except UnicodeEncodeError:
         return "its name is not valid UTF-8; rename it"
     return None
