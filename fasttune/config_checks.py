@@ -10,8 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from fasttune.config import Config, Data
-
-Finding = tuple[tuple[str, ...], str]
+from fasttune.config_conditions import DDPM_FAMILIES, Finding, unread_keys
 
 PATH_KEYS = frozenset(
     {
@@ -27,7 +26,6 @@ PATH_KEYS = frozenset(
 """Keys whose value may start with ~, the home folder."""
 
 LORA_FORMATS = ("peft", "kohya", "comfyui")
-DDPM_FAMILIES = ("sdxl", "sd1", "sd2")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -117,6 +115,7 @@ def clashes(config: Config) -> Iterator[Finding]:
         yield from _source_clashes(config, source, f"data.{index}")
     yield from _schedule_clashes(config)
     yield from _validation_clashes(config)
+    yield from unread_keys(config)
 
 
 def _run_clashes(config: Config) -> Iterator[Finding]:
@@ -147,12 +146,6 @@ def _adapter_clashes(config: Config) -> Iterator[Finding]:
             ("model.family", "precision.base", "precision.compute"),
             'precision: family "autoencoder" is trained in fp32; leave base and compute "auto"',
         )
-    if adapter.type == "none" and adapter.init_from is not None:
-        yield (
-            ("adapter.type", "adapter.init_from"),
-            'adapter.init_from: starts an adapter, and adapter.type is "none"; set adapter.type = '
-            '"lora" or remove adapter.init_from',
-        )
     if adapter.type == "none" and precision.base == "fp16":
         # fp16 gradients underflow and fp16 weights lose updates below 2^-11 of their size.
         yield (
@@ -176,7 +169,6 @@ def _adapter_clashes(config: Config) -> Iterator[Finding]:
 
 def _objective_clashes(config: Config) -> Iterator[Finding]:
     objective, family = config.objective, config.model.family
-    is_flow, is_ddpm = family == "flux", family in DDPM_FAMILIES
     predictions = {"flux": ("velocity",), "autoencoder": ()}.get(
         family, ("epsilon", "v_prediction")
     )
@@ -186,28 +178,11 @@ def _objective_clashes(config: Config) -> Iterator[Finding]:
             ("objective.prediction", "model.family"),
             f'objective.prediction = "{objective.prediction}": family "{family}" has {allowed}',
         )
-    for key, is_set in (
-        ("min_snr_gamma", objective.min_snr_gamma is not None),
-        ("zero_terminal_snr", objective.zero_terminal_snr),
-        ("offset_noise", objective.offset_noise > 0),
+    if (
+        family in DDPM_FAMILIES
+        and objective.zero_terminal_snr
+        and objective.prediction == "epsilon"
     ):
-        if is_set and not is_ddpm:
-            yield (
-                (f"objective.{key}", "model.family"),
-                f'objective.{key}: belongs to DDPM families (sdxl, sd1, sd2), not to "{family}"; '
-                "remove it",
-            )
-    for key, is_set in (
-        ("shift", objective.shift not in ("auto", "none")),
-        ("guidance", objective.guidance != 1.0),
-        ("text_mask", objective.text_mask),
-    ):
-        if is_set and not is_flow:
-            yield (
-                (f"objective.{key}", "model.family"),
-                f'objective.{key}: belongs to family "flux", not to "{family}"; remove it',
-            )
-    if is_ddpm and objective.zero_terminal_snr and objective.prediction == "epsilon":
         # At zero SNR the input is the noise itself: nothing is left to predict.
         yield (
             ("objective.zero_terminal_snr", "objective.prediction"),
@@ -262,18 +237,6 @@ def _source_clashes(config: Config, source: Data, label: str) -> Iterator[Findin
             (f"{label}.captions", f"{label}.caption"),
             f'{label}.caption: missing; {label}.captions = "constant" gives it to every image',
         )
-    if source.captions != "constant" and source.caption is not None:
-        yield (
-            (f"{label}.captions", f"{label}.caption"),
-            f'{label}.caption: is read only with {label}.captions = "constant", not with '
-            f'"{source.captions}"',
-        )
-    if source.captions not in ("jsonl", "csv", "parquet") and source.caption_file is not None:
-        yield (
-            (f"{label}.captions", f"{label}.caption_file"),
-            f'{label}.caption_file: is read only with {label}.captions = "jsonl", "csv" or '
-            f'"parquet", not with "{source.captions}"',
-        )
     if source.held_out > 0 and config.validation.held_out_path is not None:
         yield (
             (f"{label}.held_out", "validation.held_out_path"),
@@ -284,13 +247,7 @@ def _source_clashes(config: Config, source: Data, label: str) -> Iterator[Findin
 
 def _schedule_clashes(config: Config) -> Iterator[Finding]:
     schedule, steps = config.schedule, config.train.steps
-    if schedule.name == "constant" and schedule.warmup_steps > 0:
-        yield (
-            ("schedule.name", "schedule.warmup_steps"),
-            f'schedule.warmup_steps = {schedule.warmup_steps}: schedule.name = "constant" has no '
-            'warm-up; take "constant_with_warmup"',
-        )
-    elif schedule.warmup_steps > steps:
+    if schedule.name != "constant" and schedule.warmup_steps > steps:
         yield (
             ("schedule.warmup_steps", "train.steps"),
             f"schedule.warmup_steps = {schedule.warmup_steps}: longer than the run, "
@@ -307,14 +264,6 @@ def _validation_clashes(config: Config) -> Iterator[Finding]:
             yield ("validation.resolutions",), line
     if not validation.seeds:
         yield ("validation.seeds",), "validation.seeds: empty; expected at least one, such as [0]"
-    if config.model.family == "flux" and validation.negative_prompt:
-        text = "validation.negative_prompt: Flux has built-in guidance and takes none; remove it"
-        yield ("validation.negative_prompt", "model.family"), text
-    if config.model.family == "autoencoder" and validation.prompts:
-        yield (
-            ("validation.prompts", "model.family"),
-            "validation.prompts: an autoencoder samples no images from prompts; remove it",
-        )
 
 
 def machine_problems(config: Config) -> Iterator[Finding]:
@@ -349,10 +298,11 @@ def _no_folder(key: str, path: str) -> str:
 def _missing_model(path: str) -> Iterator[Finding]:
     if Path(path).is_dir():
         return
-    if Path(path).is_file():
+    if Path(path).is_file() or path.endswith((".safetensors", ".ckpt")):
         yield (
             ("model.path",),
-            f'model.path = "{path}": is a file; expected a folder in diffusers layout or a hub id',
+            f'model.path = "{path}": is a single file; expected a folder in diffusers layout, as '
+            "from_single_file(...).save_pretrained(...) of diffusers writes it, or a hub id",
         )
     elif path.startswith((".", "/", "\\")) or path.count("/") > 1 or Path(path).is_absolute():
         yield ("model.path",), _no_folder("model.path", path)

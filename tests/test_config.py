@@ -289,7 +289,11 @@ def test_model_path_is_a_folder_or_a_hub_id(
     for bad, why in (
         ("modle", "neither a folder here nor a hub id"),
         ("a/b/c", "no such folder"),
-        ("file.safetensors", "is a file"),
+        (
+            "file.safetensors",
+            "is a single file; expected a folder in diffusers layout, as from_single",
+        ),
+        ("owner/model.safetensors", "is a single file"),
     ):
         (line,) = problems(tmp_path, MINIMAL, f"model.path={bad}", check_files=True)
         assert why in line
@@ -351,7 +355,7 @@ def random_value(hint: Any, key: str, rng: random.Random) -> Any:
 def test_round_trip_of_random_configs(tmp_path: Path) -> None:
     rng = random.Random(0)
     num_equal = 0
-    for _ in range(400):
+    for _ in range(600):
         overrides = ["model.family=" + rng.choice(["flux", "sdxl", "sd1", "sd2"])]
         for key in rng.sample(sorted(key_types()), 4):
             value = random_value(key_types()[key], key, rng)

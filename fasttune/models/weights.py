@@ -56,8 +56,9 @@ def resolve_model(path: str, revision: str, patterns: Sequence[str]) -> Path:
         return folder
     if folder.is_file():
         raise ModelError(
-            f"{path} is a single file; model.path must be a folder in diffusers layout or a hub id"
-            " such as black-forest-labs/FLUX.1-dev"
+            f"{path} is a single file; model.path must be a folder in diffusers layout, as"
+            " from_single_file(...).save_pretrained(...) of diffusers writes it, or a hub id such as"
+            " black-forest-labs/FLUX.1-dev"
         )
     if not HUB_ID.fullmatch(path):
         raise ModelError(
