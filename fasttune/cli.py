@@ -5,7 +5,9 @@ Exit status: 0 done, 1 a bug of ours, 2 an error of the user's, 130 interrupted 
 """
 
 import argparse
+import errno
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -41,12 +43,41 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout = None  # type: ignore[assignment]
         return 1
     except Exception as error:
+        if isinstance(error, OSError) and (message := _file_problem(error)):
+            logging.getLogger("fasttune").debug("the command ended with an error", exc_info=True)
+            print(f"error: {message}", file=sys.stderr)
+            return 2
         if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's
             print(f"error: out of memory: {error}\n{LESS_MEMORY}", file=sys.stderr)
             return 2
         # Through the logger, so that a run's log file has it too.
         logging.getLogger("fasttune").exception("This is a bug in fasttune. Please report it:")
         return 1
+
+
+_MENDED_BY = {
+    errno.ENOSPC: "free some space",
+    errno.EDQUOT: "free some space",
+    errno.EACCES: "check who owns it and its permissions",
+    errno.EPERM: "check who owns it and its permissions",
+    errno.EROFS: "choose a place that can be written",
+    errno.EIO: "check the disk",
+    errno.EMFILE: "raise the limit of open files (ulimit -n)",
+}
+
+
+def _file_problem(error: OSError) -> str | None:
+    """What to say about a file that nobody below could read or write; None if it is about none.
+
+    A write to a full disk does not know the name of its file."""
+    names = [
+        n for n in (error.filename, error.filename2) if isinstance(n, str | bytes | os.PathLike)
+    ]
+    mend = _MENDED_BY.get(error.errno or 0)
+    if not names and mend is None:
+        return None
+    path = f"{' -> '.join(os.fsdecode(name) for name in names)}: " if names else ""
+    return f"{path}{error.strerror or error}" + (f"; {mend}" if mend else "")
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -107,6 +138,13 @@ def _prepare(args: argparse.Namespace) -> int:
 def _sample(args: argparse.Namespace) -> int:
     from fasttune.config_file import load_config
 
+    if args.source.suffix == ".safetensors":
+        raise ConfigError(
+            [
+                f"{args.source}: weights alone do not say which model they belong to; give the run "
+                f"folder or config file, and --weights {args.source}"
+            ]
+        )
     path, checkpoint = _locate(args.source)
     config = load_config(path, args.overrides, check_files=False)
     if args.weights is not None and not args.weights.exists():
@@ -115,7 +153,7 @@ def _sample(args: argparse.Namespace) -> int:
         raise CheckpointError(f"{args.source}: no checkpoint yet; give --weights, or a config file")
     from fasttune.sample import main as sample
 
-    sample(
+    paths = sample(
         config,
         checkpoint=None if args.weights is not None else checkpoint,
         weights=args.weights,
@@ -127,6 +165,7 @@ def _sample(args: argparse.Namespace) -> int:
         guidance_scale=args.guidance,
         out=args.out,
     )
+    _print_paths(paths)
     return 0
 
 
@@ -143,14 +182,21 @@ def _export(args: argparse.Namespace) -> int:
     config = load_config(path, overrides, check_files=False)
     from fasttune.export import main as export
 
-    export(
+    paths = export(
         config,
         checkpoint=checkpoint,
         formats=config.export.formats,
         dtype=config.export.dtype,
         out=args.out,
     )
+    _print_paths(paths)
     return 0
+
+
+def _print_paths(paths: Sequence[Path]) -> None:
+    """What a command has written, on stdout, one path a line: for people and for scripts."""
+    for path in paths:
+        print(path)
 
 
 def _export_keys(args: argparse.Namespace) -> list[tuple[str, str]]:

@@ -5,6 +5,7 @@ tqdm's own rate and ETA are left out: they average over the first steps, which c
 fill caches, so they start far too slow. `metrics.Rates` has the ones shown here.
 """
 
+import contextlib
 import logging
 import math
 import os
@@ -153,17 +154,43 @@ class Progress:
         return True
 
 
+class _RunLog(logging.FileHandler):
+    """Gives up with one warning when its file cannot be written: the run goes on without it."""
+
+    _failed = False
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if not self._failed:
+            super().emit(record)
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802  # logging's name
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+            return
+        self._failed = True
+        # What could not be written is still in the buffer, and close would try it again.
+        stream, self.stream = self.stream, None  # type: ignore[assignment]
+        with contextlib.suppress(OSError):
+            stream.close()
+        logger.warning(
+            "%s: cannot be written (%s); the log goes on without it",
+            self.baseFilename,
+            error.strerror or error,
+        )
+
+
 def setup_run_log(run_dir: Path, verbose: bool = False) -> logging.Handler:
     """Append everything fasttune logs, DEBUG included, to <run_dir>/run.log.
 
     `verbose` adds file and line to each record. The caller removes the handler from
     logging.getLogger("fasttune") and closes it at the end of the run. StorageError if the file
-    cannot be opened.
+    cannot be opened; if it cannot be written later, one warning says so and the run goes on.
     """
     path = run_dir / "run.log"
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        handler = logging.FileHandler(path, encoding="utf-8")
+        handler = _RunLog(path, encoding="utf-8")
     except OSError as error:
         raise StorageError(f"{path}: cannot be written ({error.strerror or error})") from error
     handler.setLevel(logging.DEBUG)

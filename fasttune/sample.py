@@ -122,10 +122,42 @@ def sample(
     compute_dtype: torch.dtype,
     progress: str | None = None,
 ) -> list[Image.Image]:
-    """The images of `shots`, one after the other; the denoiser's mode is left as it was.
+    """The images of `shots`: `sample_latents`, then `decode_latents`. The denoiser stays on its device
+    beside the autoencoder."""
+    latents = sample_latents(
+        spec,
+        denoiser,
+        objective=objective,
+        folder=folder,
+        encoded=encoded,
+        shots=shots,
+        num_steps=num_steps,
+        guidance_scale=guidance_scale,
+        device=device,
+        compute_dtype=compute_dtype,
+        progress=progress,
+    )
+    return decode_latents(folder, latents, device=device, compute_dtype=compute_dtype)
 
-    `progress` is the title of a bar on stderr. The autoencoder is loaded when all latents are
-    there, and freed. Raises ConfigError for a resolution the model cannot make.
+
+def sample_latents(
+    spec: ModelSpec,
+    denoiser: nn.Module,
+    *,
+    objective: Objective,
+    folder: Path,
+    encoded: EncodedPrompts,
+    shots: Sequence[Shot],
+    num_steps: int,
+    guidance_scale: float,
+    device: torch.device,
+    compute_dtype: torch.dtype,
+    progress: str | None = None,
+) -> list[Tensor]:
+    """Latents (1, C, h, w) of `shots`, one after the other; the denoiser's mode is left as it was.
+
+    `progress` is the title of a bar on stderr. Raises ConfigError for a resolution the model cannot
+    make.
     """
     check_resolutions(spec, folder, [(shot.width, shot.height) for shot in shots])
     assert not isinstance(objective, Reconstruction)  # refused by check_resolutions
@@ -164,6 +196,13 @@ def sample(
                 latents.append(made)
     finally:
         denoiser.train(training)
+    return latents
+
+
+def decode_latents(
+    folder: Path, latents: Sequence[Tensor], *, device: torch.device, compute_dtype: torch.dtype
+) -> list[Image.Image]:
+    """The images of latents (1, C, h, w). The autoencoder is loaded for it, and freed."""
     vae = load_autoencoder(folder, device=device, dtype=compute_dtype)
     pixels = (decode(vae, one)[0].permute(1, 2, 0).cpu().numpy() for one in latents)
     return [Image.fromarray(array) for array in pixels]
@@ -235,8 +274,8 @@ def main(
     guidance_scale: float | None = None,
     out: Path | None = None,
 ) -> list[Path]:
-    """`fasttune sample`: writes a PNG an image and a grid, logs and returns their paths, the grid
-    last. What is None is taken from config.validation.
+    """`fasttune sample`: writes a PNG an image and a grid, and returns their paths, the grid last.
+    What is None is taken from config.validation.
 
     weights: a LoRA file of any layout, or a folder with the whole network. checkpoint: resume
     state of a run, its average if it has one. Without either, the model of the config untrained.
@@ -275,7 +314,8 @@ def main(
     )
     denoiser = _trained(config, spec, folder, placement, checkpoint=checkpoint, weights=weights)
     todo = shots(len(v.prompts), sizes, v.seeds)
-    images = sample(
+    device, compute_dtype = placement.device, placement.compute_dtype
+    latents = sample_latents(
         spec,
         denoiser,
         objective=objective,
@@ -284,10 +324,12 @@ def main(
         shots=todo,
         num_steps=v.sampling_steps,
         guidance_scale=v.guidance_scale,
-        device=placement.device,
-        compute_dtype=placement.compute_dtype,
+        device=device,
+        compute_dtype=compute_dtype,
         progress="sampling",
     )
+    del denoiser  # its memory is the autoencoder's now
+    images = decode_latents(folder, latents, device=device, compute_dtype=compute_dtype)
     grid_path, image_folder = _places(out, checkpoint)
     paths = []
     for shot, image in zip(todo, images, strict=True):
@@ -300,8 +342,6 @@ def main(
     labels = [label(v.prompts[s.prompt], s, with_size=len(sizes) > 1) for s in todo[::columns]]
     save_png(make_grid(rows, labels, [f"seed {seed}" for seed in v.seeds]), grid_path)
     paths.append(grid_path)
-    for path in paths:
-        log.info("%s", path)
     return paths
 
 

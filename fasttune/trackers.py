@@ -5,7 +5,8 @@ metrics.jsonl is complete without either; a tracker is a second place to look at
 
 import logging
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -28,7 +29,8 @@ class Tracker(Protocol):
 
 
 class TensorBoardTracker:
-    """Event files in <run_dir>/tensorboard."""
+    """Event files in <run_dir>/tensorboard. StorageError, from any call, if they cannot be written:
+    a thread writes them, so it may be a later call than the one whose values are lost."""
 
     def __init__(self, run_dir: Path, *, start_step: int = 0) -> None:
         try:
@@ -42,19 +44,34 @@ class TensorBoardTracker:
             ) from error
         # Events of steps that a resumed run makes again are hidden by purge_step.
         purge_step = start_step + 1 if start_step else None
-        self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=purge_step)
+        self._folder = run_dir / "tensorboard"
+        with self._writing():
+            self._writer = SummaryWriter(str(self._folder), purge_step=purge_step)
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise StorageError(
+                f"{self._folder}: TensorBoard events cannot be written ({error.strerror or error}); "
+                "free space or check permissions, or set logging.tensorboard = false"
+            ) from error
 
     def log(self, step: int, scalars: Mapping[str, float]) -> None:
-        for name, value in scalars.items():
-            self._writer.add_scalar(name, value, step)
+        with self._writing():
+            for name, value in scalars.items():
+                self._writer.add_scalar(name, value, step)
 
     def image(self, step: int, name: str, path: Path) -> None:
         with Image.open(path) as file:
             pixels_HWC = np.asarray(file.convert("RGB"))
-        self._writer.add_image(name, pixels_HWC, step, dataformats="HWC")
+        with self._writing():
+            self._writer.add_image(name, pixels_HWC, step, dataformats="HWC")
 
     def close(self) -> None:
-        self._writer.close()
+        with self._writing():
+            self._writer.close()
 
 
 class WandbTracker:

@@ -1,6 +1,8 @@
 """The command line: what it passes on, what it says about errors, and what it does not load."""
 
+import errno
 import logging
+import os
 import subprocess
 import sys
 import types
@@ -110,7 +112,7 @@ def test_sample_from_a_config_or_weights(
 
 
 def test_export(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = stand_in(monkeypatch, "export", "main", None)
+    calls = stand_in(monkeypatch, "export", "main", [])
     checkpoint = run_dir / "checkpoints" / "step-000500"
     flags = ["--format", "kohya", "--format", "peft", "--dtype", "fp32", "--out", "here"]
     assert main(["export", str(checkpoint), *flags]) == 0
@@ -175,6 +177,74 @@ def test_a_bug_shows_its_traceback(
     message = capsys.readouterr().err
     assert "bug in fasttune" in message
     assert "ZeroDivisionError: ours" in message
+
+
+def os_error(number: int, *names: str) -> OSError:
+    return OSError(number, os.strerror(number), *names)
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (os_error(errno.ENOSPC, "a/b.bin"), "a/b.bin: No space left on device; free some space"),
+        (os_error(errno.ENOSPC), "No space left on device; free some space"),  # write(2) says this
+        (
+            os_error(errno.EACCES, "run"),
+            "run: Permission denied; check who owns it and its permissions",
+        ),
+        (os_error(errno.EIO, "x.png"), "x.png: Input/output error; check the disk"),
+        (
+            FileNotFoundError(errno.ENOENT, "No such file or directory", "from", None, "to"),
+            "from -> to: No such file or directory",
+        ),
+        (
+            FileNotFoundError(errno.ENOENT, "No such file or directory", b"raw"),
+            "raw: No such file or directory",
+        ),
+    ],
+)
+def test_a_file_that_cannot_be_used_is_named(
+    config: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    error: OSError,
+    message: str,
+) -> None:
+    stand_in(monkeypatch, "prepare", "prepare", error)
+    assert main(["prepare", str(config)]) == 2
+    assert capsys.readouterr() == ("", f"error: {message}\n")
+    assert main(["prepare", str(config), "-v"]) == 2
+    shown = capsys.readouterr().err
+    assert "Traceback" in shown and f"error: {message}\n" in shown
+
+
+def test_an_os_error_without_a_file_is_a_bug(
+    config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stand_in(monkeypatch, "prepare", "prepare", OSError("odd"))
+    assert main(["prepare", str(config)]) == 1
+    assert "bug in fasttune" in capsys.readouterr().err
+
+
+def test_results_are_printed_on_stdout(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stand_in(monkeypatch, "sample", "main", [Path("a.png"), Path("grid.png")])
+    assert main(["sample", str(run_dir)]) == 0
+    assert capsys.readouterr() == ("a.png\ngrid.png\n", "")
+    stand_in(monkeypatch, "export", "main", [Path("dog.safetensors")])
+    assert main(["export", str(run_dir)]) == 0
+    assert capsys.readouterr() == ("dog.safetensors\n", "")
+
+
+def test_sample_of_a_lora_file_names_the_flag(
+    config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (config.parent / "lora.safetensors").write_bytes(b"\xff\x00")
+    assert main(["sample", "lora.safetensors"]) == 2
+    message = capsys.readouterr().err
+    assert "weights alone do not say which model" in message
+    assert "--weights lora.safetensors" in message
 
 
 @pytest.mark.parametrize(

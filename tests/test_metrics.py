@@ -5,8 +5,11 @@ import json
 import logging
 import math
 import os
+import re
 import statistics
 import struct
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -335,6 +338,41 @@ def test_without_a_terminal_there_is_a_log_line_a_logging_step(
         assert part in message
 
 
+def test_a_run_whose_stderr_is_a_file_shows_readable_lines(tmp_path: Path) -> None:
+    """Metrics as train.py drives it, under the command line's logging."""
+    code = """
+import sys
+from pathlib import Path
+import torch
+from fasttune.cli import _set_up_logging
+from fasttune.metrics import Metrics
+from fasttune.progress import setup_run_log
+_set_up_logging(verbose=False)
+run_dir = Path(sys.argv[1])
+setup_run_log(run_dir)
+metrics = Metrics(run_dir, total_steps=20, batch_images=2, images_per_epoch=8, show_progress=True)
+with metrics.paused("validation"):
+    metrics.samples(0, run_dir / "samples" / "step-000000.png")
+for step in range(1, 21):
+    metrics.step(step, torch.tensor(0.5), 1e-4, torch.tensor(1.0), 0.0)
+    if step % 10 == 0:
+        metrics.log_now(step)
+metrics.log_now(20)
+metrics.close()
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True
+    )
+    first, *lines = result.stderr.splitlines()
+    assert first == f"step 0: samples at {tmp_path / 'samples' / 'step-000000.png'}"
+    assert [line.split(":")[0] for line in lines] == ["step 10/20", "step 20/20"]
+    for line in lines:
+        assert re.search(r": loss 0\.5000, .*/step, ETA \w+, lr 1\.00e-04, .*images/s", line), line
+    assert "%|" not in result.stderr  # no bar
+    logged = (tmp_path / "run.log").read_text()
+    assert all(line in logged for line in lines)
+
+
 def test_in_a_terminal_there_is_a_bar_and_notes_stand_above_it(tmp_path: Path) -> None:
     fcntl, pty, termios = map(pytest.importorskip, ("fcntl", "pty", "termios"))
     leader, follower = pty.openpty()
@@ -400,6 +438,42 @@ def test_run_log_has_debug_messages_of_every_start(tmp_path: Path) -> None:
     assert "start True (test_metrics.py:" in second
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_run_log_on_a_full_disk_is_given_up_with_one_warning(
+    tmp_path: Path, fasttune_log: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run.log").symlink_to("/dev/full")
+    root = logging.getLogger("fasttune")
+    handler = setup_run_log(tmp_path)
+    for number in range(3):
+        logging.getLogger("fasttune.data").info("message %d", number)
+    root.removeHandler(handler)
+    handler.close()  # must not try again what could not be written
+    told = [(r.levelname, r.getMessage()) for r in fasttune_log.records]
+    assert [text for level, text in told if level == "INFO"] == [
+        "message 0",
+        "message 1",
+        "message 2",
+    ]
+    (warning,) = [text for level, text in told if level != "INFO"]
+    assert "run.log: cannot be written (No space left on device)" in warning
+    # Nothing of logging's own "--- Logging error ---", with a traceback for each record.
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_record_that_cannot_be_formatted_stays_a_bug(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    level = logging.getLogger("fasttune").level
+    handler = setup_run_log(tmp_path)
+    record = logging.LogRecord("fasttune", logging.INFO, "x.py", 1, "%d", ("text",), None)
+    handler.handle(record)
+    logging.getLogger("fasttune").removeHandler(handler)
+    logging.getLogger("fasttune").setLevel(level)
+    handler.close()
+    assert "--- Logging error ---" in capsys.readouterr().err
+
+
 # Trackers
 
 
@@ -419,6 +493,31 @@ def write_png(path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(np.arange(48, dtype=np.uint8).reshape(4, 4, 3)).save(path)
     return path
+
+
+def test_tensorboard_on_a_full_disk_is_a_storage_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tracker,) = trackers_for(tmp_path, tensorboard=True)
+    png = write_png(tmp_path / "samples" / "step-000001.png")
+
+    def full(*args: object, **kwargs: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    for name in ("add_scalar", "add_image", "close"):
+        monkeypatch.setattr(tracker._writer, name, full)
+    for call in (
+        lambda: tracker.log(1, {"train/loss": 0.5}),
+        lambda: tracker.image(1, "samples", png),
+        tracker.close,
+    ):
+        with pytest.raises(StorageError, match=r"/tensorboard: .*\(No space left on device\)"):
+            call()
+    monkeypatch.undo()
+    tracker.close()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match="file/tensorboard: "):
+        trackers_for(tmp_path / "file", tensorboard=True)
 
 
 def test_tensorboard_events_are_those_logged(tmp_path: Path) -> None:
