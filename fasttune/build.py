@@ -95,7 +95,7 @@ def check_model(config: Config, resumed: ResumeState | None = None) -> Objective
     random = config.model.init == "random"
     denoiser = build_on_meta(spec, folder) if random else check_denoiser(spec, folder)
     adapt(config, spec, denoiser)
-    if config.adapter.init_from is not None:
+    if config.adapter.init_from is not None and resumed is None:
         read_lora(Path(config.adapter.init_from), module_shapes(denoiser))
     if resumed is not None:
         trained = {name: p for name, p in denoiser.named_parameters() if p.requires_grad}

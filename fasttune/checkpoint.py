@@ -21,10 +21,11 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from fasttune.errors import CheckpointError, StorageError
+from fasttune.tensor_files import lazy, write_tensors
 
 log = logging.getLogger(__name__)
 
@@ -64,9 +65,11 @@ def save_checkpoint(
         for name, tensors in groups.items():
             if tensors:
                 path = beside / f"{name}.safetensors"
-                save_file({k: v.detach().contiguous() for k, v in tensors.items()}, path)
-                files[path.name] = {"bytes": path.stat().st_size, "crc32": _crc32(path)}
-                _fsync(path)
+                crc = _Crc32()
+                # one tensor at a time in host memory: the state of a whole network is tens of GB
+                whole = {key: lazy(tensor) for key, tensor in tensors.items()}
+                write_tensors(path, whole, {}, seen=crc.update)
+                files[path.name] = {"bytes": path.stat().st_size, "crc32": crc.value}
         text = json.dumps({"format": FORMAT, "step": step, "files": files, **state}, indent=1)
         (beside / "state.json").write_text(text, encoding="utf-8")
         _fsync(beside / "state.json")
@@ -77,10 +80,11 @@ def save_checkpoint(
         _fsync(root)
         for leftover in root.glob(".step-*.tmp-old-*"):
             shutil.rmtree(leftover, ignore_errors=True)
-    except (OSError, SafetensorError) as error:
+    except (OSError, StorageError) as error:
         shutil.rmtree(beside, ignore_errors=True)
+        reason = error.__cause__ or error
         raise StorageError(
-            f"{final}: the checkpoint could not be written ({error}); free some space or choose "
+            f"{final}: the checkpoint could not be written ({reason}); free some space or choose "
             "another run.output_dir, then continue with --resume latest. Earlier checkpoints are intact"
         ) from error
     return final
@@ -90,8 +94,7 @@ def list_checkpoints(root: Path) -> list[Path]:
     """Finished checkpoints, oldest first; not checked."""
     if not root.is_dir():
         return []
-    found = [(_NAME.fullmatch(p.name), p) for p in root.iterdir() if p.is_dir()]
-    return [path for _, path in sorted((int(match[1]), path) for match, path in found if match)]
+    return sorted((p for p in root.iterdir() if _NAME.fullmatch(p.name) and p.is_dir()), key=_step)
 
 
 def prune_checkpoints(root: Path, keep: int) -> None:
@@ -102,11 +105,30 @@ def prune_checkpoints(root: Path, keep: int) -> None:
         shutil.rmtree(doomed, ignore_errors=True)
 
 
+def set_aside_checkpoints(root: Path, after_step: int) -> None:
+    """Renames the checkpoints beyond `after_step`, from where training goes on another way, so that
+    neither pruning nor "latest" takes them for its own. They stay until the user deletes them."""
+    for path in list_checkpoints(root):
+        if _step(path) > after_step:
+            aside = path.with_name(f"abandoned-{path.name}")
+            number = 2
+            while aside.exists():
+                aside = path.with_name(f"abandoned-{path.name}-{number}")
+                number += 1
+            path.rename(aside)
+            log.warning("%s is beyond step %d and now %s; delete it", path, after_step, aside.name)
+
+
 def load_checkpoint(path: Path) -> ResumeState:
     """Reads one checkpoint and checks every byte; CheckpointError says what is wrong."""
     problem = damage(path)
-    if problem:
+    if problem is not None:
         raise CheckpointError(f"{path}: {problem}")
+    return _read(path)
+
+
+def _read(path: Path) -> ResumeState:
+    """A checkpoint without damage."""
     state = json.loads((path / "state.json").read_text(encoding="utf-8"))
     groups = {Path(name).stem: load_file(path / name) for name in state["files"]}
     return ResumeState(path=path, step=state["step"], groups=groups, state=state)
@@ -125,7 +147,7 @@ def find_checkpoint(root: Path, which: str) -> ResumeState:
     for path in reversed(paths):
         problem = damage(path)
         if problem is None:
-            return load_checkpoint(path)
+            return _read(path)
         log.warning("checkpoint %s is damaged (%s); trying the one before it", path, problem)
     raise CheckpointError(f"{root}: all {len(paths)} checkpoints are damaged; see the log for each")
 
@@ -170,12 +192,28 @@ def check_same_tensors(
         )
 
 
+def _step(path: Path) -> int:
+    match = _NAME.fullmatch(path.name)
+    assert match is not None
+    return int(match[1])
+
+
+class _Crc32:
+    """CRC-32 of bytes that come in parts."""
+
+    def __init__(self) -> None:
+        self.value = 0
+
+    def update(self, data: bytes | memoryview) -> None:
+        self.value = zlib.crc32(data, self.value)
+
+
 def _crc32(path: Path) -> int:
-    value = 0
+    crc = _Crc32()
     with path.open("rb") as file:
         while chunk := file.read(_CHUNK):
-            value = zlib.crc32(chunk, value)
-    return value
+            crc.update(chunk)
+    return crc.value
 
 
 def _fsync(path: Path) -> None:

@@ -110,6 +110,7 @@ class Metrics:
 
     total_steps, start_step: of the whole run, and those an earlier start made. batch_images: images
     a step, over all micro-batches and devices. images_per_epoch: for the `epoch` of each line.
+    norms_may_overflow: a loss scale skips updates whose gradient norm is not finite.
     clock: seconds, for tests.
 
     The loop calls `step` after each step and `log_now` at logging steps and after the last one,
@@ -126,6 +127,7 @@ class Metrics:
         trackers: Sequence[Tracker] = (),
         show_progress: bool = True,
         images_per_epoch: int | None = None,
+        norms_may_overflow: bool = False,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._run_dir = run_dir
@@ -140,7 +142,8 @@ class Metrics:
         self._timer: StepTimer | None = None
         self._device: torch.device | None = None
         self.first_nonfinite_step: int | None = None
-        """The first step whose loss was NaN or infinite, known after the next `log_now`."""
+        """The first step whose loss or gradient was NaN or infinite; known after `log_now`."""
+        self._norms_may_overflow = norms_may_overflow
 
         # A resumed curve goes on as if it had never stopped: the sum behind the smoothed loss
         # follows from its value and the number of steps it has seen.
@@ -155,7 +158,7 @@ class Metrics:
         self._steps: list[int] = []
         self._losses: list[Tensor] = []
         self._lr = 0.0
-        self._grad_norm: Tensor | float | None = None
+        self._grad_norms: list[Tensor] = []
         self._data_waits: list[float] = []
         self._wait_total = 0.0
         self._wait_steps_s = 0.0
@@ -172,14 +175,14 @@ class Metrics:
         step: int,
         loss: Tensor,
         lr: float,
-        grad_norm: Tensor | float | None,
+        grad_norm: Tensor,
         data_wait_s: float,
     ) -> None:
         """Count a step that has been queued. Never waits for the device.
 
-        loss: scalar, on any device; copied, so its memory may be used again. grad_norm: global norm
-        before clipping; read at the next `log_now` alone. data_wait_s: seconds that the loop
-        waited for the step's batches.
+        loss, grad_norm (before clipping): scalars, on any device, read at the next `log_now`; the
+        loss is copied, so its memory may be used again. data_wait_s: seconds that the loop waited
+        for the step's batches.
         """
         if self._timer is None:
             self._device = loss.device
@@ -190,7 +193,7 @@ class Metrics:
         self._steps.append(step)
         self._losses.append(loss.detach().clone())
         self._lr = lr
-        self._grad_norm = grad_norm
+        self._grad_norms.append(grad_norm)
         self._data_waits.append(data_wait_s)
         self.progress.update(step)
 
@@ -202,10 +205,10 @@ class Metrics:
         if not self._losses or self._timer is None or self._device is None:
             return {}
         # sync: logging steps alone; one transfer for the whole window.
-        losses = torch.stack([loss.reshape(()).float() for loss in self._losses]).tolist()
-        grad_norm = self._grad_norm
-        grad_norm = grad_norm.item() if isinstance(grad_norm, Tensor) else grad_norm  # sync: idle
-        self._smooth(losses)
+        scalars = [*self._losses, *self._grad_norms]
+        values = torch.stack([value.reshape(()).float() for value in scalars]).tolist()
+        losses, norms = values[: len(self._losses)], values[len(self._losses) :]
+        self._smooth(losses, norms)
         step_s, data_wait_share = self._time_window()
         self._note_peak("training")
         line: dict[str, Any] = {
@@ -213,7 +216,7 @@ class Metrics:
             "loss": losses[-1],
             "loss_smoothed": self._loss_smoothed(),
             "lr": self._lr,
-            "grad_norm": grad_norm,
+            "grad_norm": norms[-1],
             "step_ms": None if step_s is None else step_s * 1000,
             "images_per_s": self._rates.images_per_s(step_s),
             "peak_gib": self._peak.get("training"),
@@ -223,6 +226,7 @@ class Metrics:
         }
         self._steps.clear()
         self._losses.clear()
+        self._grad_norms.clear()
         self._data_waits.clear()
         self._file.write(line)
         self._track(step, {f"train/{key}": line[key] for key in line if key != "step"})
@@ -286,6 +290,10 @@ class Metrics:
             tracker.image(step, "samples", path)
         self.progress.note(f"step {step}: samples at {path}")
 
+    def has(self, step: int, key: str) -> bool:
+        """Whether an earlier start has recorded `key` ("samples", "held_out_loss") for `step`."""
+        return any(line["step"] == step and key in line for line in self._file.kept)
+
     def note(self, message: str) -> None:
         """Log a message above the progress bar."""
         self.progress.note(message)
@@ -331,12 +339,13 @@ class Metrics:
             tracker.close()
         self._file.close()
 
-    def _smooth(self, losses: Sequence[float]) -> None:
-        for step, loss in zip(self._steps, losses, strict=True):
+    def _smooth(self, losses: Sequence[float], norms: Sequence[float]) -> None:
+        for step, loss, norm in zip(self._steps, losses, norms, strict=True):
             if math.isfinite(loss):
                 self._loss_sum = LOSS_DECAY * self._loss_sum + (1 - LOSS_DECAY) * loss
                 self._loss_weight = LOSS_DECAY * self._loss_weight + (1 - LOSS_DECAY)
-            elif self.first_nonfinite_step is None:
+            finite = math.isfinite(loss) and (math.isfinite(norm) or self._norms_may_overflow)
+            if not finite and self.first_nonfinite_step is None:
                 self.first_nonfinite_step = step
 
     def _loss_smoothed(self) -> float | None:

@@ -1,10 +1,13 @@
 """The folder a run leaves: opening a new one, finding the one to resume, stopping in order."""
 
+import glob
 import logging
 import os
+import re
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import FrameType
 
@@ -52,18 +55,17 @@ def resume_run(output_dir: str, name: str, which: str) -> tuple[Path, ResumeStat
             )
         return path.resolve().parent.parent, find_checkpoint(path.parent, str(path))
     parent = Path(output_dir).expanduser()
-    newest = None
-    for candidate in _names(name):
-        path = parent / candidate
-        if not path.is_dir():
-            break
+    ours = re.compile(re.escape(name) + r"(?:-(\d+))?")
+    found = [(ours.fullmatch(path.name), path) for path in parent.glob(f"{glob.escape(name)}*")]
+    runs = sorted((int(match[1] or 1), path) for match, path in found if match and path.is_dir())
+    for _, path in reversed(runs):
         if list_checkpoints(path / "checkpoints"):
-            newest = path
-    if newest is None:
-        raise CheckpointError(
-            f"--resume latest: {parent / name} has no checkpoint; start without --resume"
-        )
-    return newest, find_checkpoint(newest / "checkpoints", "latest")
+            log.info("resuming the run in %s", path)
+            return path, find_checkpoint(path / "checkpoints", "latest")
+        log.warning("%s has no checkpoint; looking for an earlier run", path)
+    raise CheckpointError(
+        f"--resume latest: {parent / name} has no checkpoint; start without --resume"
+    )
 
 
 def write_text(path: Path, text: str) -> None:
@@ -101,13 +103,49 @@ class StopRequest:
 def stop_on_signals() -> Iterator[StopRequest]:
     """Turns SIGINT and SIGTERM into a request while the loop runs."""
     request = StopRequest()
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = {number: signal.signal(number, request) for number in numbers}
-    try:
+    with _handling(request, signal.SIGINT, signal.SIGTERM):
         yield request
+
+
+def leave_on_sigterm() -> AbstractContextManager[None]:
+    """Outside the loop SIGTERM ends the process as Ctrl-C does, files and cache whole."""
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        log.warning("SIGTERM: leaving; what is cached and saved is kept")
+        raise SystemExit(128 + number)
+
+    return _handling(leave, signal.SIGTERM)
+
+
+@contextmanager
+def _handling(handler: Callable[[int, FrameType | None], None], *numbers: int) -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals belong to the main thread
+        return
+    before = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number, previous in before.items():
+            signal.signal(number, previous)
+
+
+@contextmanager
+def locked(run_dir: Path) -> Iterator[None]:
+    """Keeps a second process out of a run folder. The system frees the lock of a killed one."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    with (run_dir / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise CheckpointError(
+                f"{run_dir}: another process is training in this folder; wait for it or stop it"
+            ) from error
+        yield
 
 
 def _names(name: str) -> Iterator[str]:

@@ -7,12 +7,14 @@ and a run that was killed and resumed ends with bitwise the weights of one that 
 """
 
 import dataclasses
+import hashlib
 import json
 import logging
 import signal
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
+from dataclasses import replace
 from functools import partial
 from logging.handlers import MemoryHandler
 from pathlib import Path
@@ -28,6 +30,7 @@ from fasttune.checkpoint import (
     list_checkpoints,
     prune_checkpoints,
     save_checkpoint,
+    set_aside_checkpoints,
 )
 from fasttune.config import Config
 from fasttune.config_file import to_toml
@@ -42,7 +45,14 @@ from fasttune.models.spec import ModelSpec, cast_conditions, select_conditions
 from fasttune.models.weights import read_config
 from fasttune.prepare import Prepared, prepare, write_bad_files
 from fasttune.report import write_report
-from fasttune.run_folder import new_run, resume_run, stop_on_signals, write_text
+from fasttune.run_folder import (
+    leave_on_sigterm,
+    locked,
+    new_run,
+    resume_run,
+    stop_on_signals,
+    write_text,
+)
 from fasttune.seeds import derive_seed, seed_default
 from fasttune.trained import Trained
 from fasttune.validate import Validator
@@ -62,17 +72,17 @@ def train(config: Config, *, resume: str | None = None, verbose: bool = False) -
     if resume is not None:
         run_dir, resumed = resume_run(config.run.output_dir, config.run.name, resume)
     with ExitStack() as stack:
+        stack.enter_context(leave_on_sigterm())
         early = stack.enter_context(_kept_log())
         log.info("%s", placement.reason)
         config = resolved(config, placement, check_model(config, resumed))
         prepared = prepare(config)
         stack.callback(prepared.cache.close)
         run_dir = run_dir or new_run(config.run.output_dir, config.run.name)
-        config = dataclasses.replace(config, run=dataclasses.replace(config.run, name=run_dir.name))
+        stack.enter_context(locked(run_dir))
         stack.enter_context(_run_log(run_dir, early, verbose))
-        write_text(run_dir / "config.toml", to_toml(config))
-        write_bad_files(run_dir / "bad_files.json", prepared)
-        return _train(config, run_dir, prepared, resumed, begin)
+        own = replace(config.run, output_dir=str(run_dir.parent), name=run_dir.name)
+        return _train(replace(config, run=own), run_dir, prepared, resumed, begin)
 
 
 def _train(
@@ -85,7 +95,7 @@ def _train(
 
     denoiser = denoiser_for(config, spec, prepared.folder, placement)
     set_recompute(denoiser, config.memory.activations == "recompute")
-    trained = Trained(config, denoiser, placement)
+    trained = Trained(config, denoiser, placement, resuming=resumed is not None)
     objective = objective_for(config, spec, prepared.folder)
     validator = Validator(config, spec, placement, prepared, objective, run_dir)
     token_side = spec.latent_multiple(read_config(prepared.folder, spec.denoiser_folder))
@@ -94,7 +104,17 @@ def _train(
         batch_size=t_.batch_size,
         seed=config.run.seed,
     )
-    step = trained.restore(resumed) if resumed is not None else 0
+    settings = _settings(config, prepared)
+    checkpoints = run_dir / "checkpoints"
+    step = 0
+    if resumed is not None:
+        step = trained.restore(resumed)
+        _warn_of_changes(resumed, settings)
+        resumed.groups.clear()  # gives mapped files back
+        set_aside_checkpoints(checkpoints, step)
+    # Only now, because a refused resume must leave the folder as it was.
+    write_text(run_dir / "config.toml", to_toml(config))
+    write_bad_files(run_dir / "bad_files.json", prepared)
     seconds["loading"] = time.perf_counter() - begin - seconds["preparation"]
 
     metrics = Metrics(
@@ -103,6 +123,7 @@ def _train(
         start_step=step,
         batch_images=t_.batch_size * t_.gradient_accumulation,
         images_per_epoch=plan.batches_per_epoch * t_.batch_size,
+        norms_may_overflow=trained.scales_loss,
         trackers=open_trackers(
             run_dir,
             tensorboard=config.logging.tensorboard,
@@ -114,7 +135,6 @@ def _train(
             start_step=step,
         ),
     )
-    checkpoints = run_dir / "checkpoints"
     saved_step = step if resumed is not None else None
 
     def check_loss() -> None:
@@ -129,7 +149,8 @@ def _train(
             return
         check_loss()  # resume state is always good
         with metrics.paused("checkpoint"):
-            save_checkpoint(checkpoints, step, *trained.state())
+            groups, state = trained.state()
+            save_checkpoint(checkpoints, step, groups, state | {"settings": settings})
             prune_checkpoints(checkpoints, config.checkpoint.keep)
         saved_step = step
 
@@ -153,8 +174,9 @@ def _train(
 
     with closing(metrics), batches, stop_on_signals() as stop:
         denoiser.train()
-        if step == 0 and config.validation.every:
-            validate()
+        due = config.validation.every and step % config.validation.every == 0
+        if due and not all(metrics.has(step, what) for what in validator.records):
+            validate()  # the untrained model, or what an earlier start was killed in
         while step < t_.steps and stop.signal is None:
             lr = trained.set_lr(step)
             waited = batches.wait_seconds
@@ -163,7 +185,7 @@ def _train(
                 batch = next(batches)
                 seed = derive_seed(config.run.seed, "micro-batch", batch.micro_batch)
                 generator.manual_seed(seed)
-                seed_default(device, seed)  # dropout inside the network
+                seed_default(device, derive_seed(seed, "network"))  # dropout
 
                 clean = batch.latent_mean
                 if batch.latent_std is not None:
@@ -212,11 +234,12 @@ def _train(
     report = write_report(run_dir)
     if stop.signal is not None:
         log.warning(
-            "stopped at step %d of %d by %s; continue with\n  fasttune train %s --resume latest",
+            "stopped at step %d of %d by %s; continue with\n  fasttune train %s --resume %s",
             step,
             t_.steps,
             signal.Signals(stop.signal).name,
             run_dir / "config.toml",
+            run_dir,
         )
         return 128 + stop.signal
     grids = sorted((run_dir / "samples").glob("step-*.png"))
@@ -237,6 +260,34 @@ def _predict(
     t: Tensor,
 ) -> Any:
     return spec.predict(denoiser, noisy.to(compute), t, conditions, sizes, guidance)
+
+
+def _settings(config: Config, prepared: Prepared) -> dict[str, Any]:
+    """What decides how a run goes on, flat, as JSON has it: kept in checkpoints to be compared."""
+    digest = hashlib.blake2b(digest_size=8)
+    for cached in prepared.train:
+        digest.update(cached.latents_key + cached.text_key)
+    found: dict[str, Any] = {
+        "run.seed": config.run.seed,
+        "the training images and captions": f"{len(prepared.train)}, {digest.hexdigest()}",
+    }
+    for section in ("adapter", "precision", "train", "objective", "optimizer", "schedule", "ema"):
+        values = dataclasses.asdict(getattr(config, section))
+        found |= {f"{section}.{key}": value for key, value in values.items()}
+    loaded: dict[str, Any] = json.loads(json.dumps(found))
+    return loaded
+
+
+def _warn_of_changes(resumed: ResumeState, settings: dict[str, Any]) -> None:
+    before = resumed.state["settings"]
+    for key, now in settings.items():
+        if before.get(key) != now:
+            log.warning(
+                "%s: was %s, now %s; from here the run differs from one that was not stopped",
+                key,
+                before.get(key),
+                now,
+            )
 
 
 def _normal(like: Tensor, generator: torch.Generator) -> Tensor:
@@ -263,7 +314,7 @@ def _nonfinite(
         "schedule.warmup_steps"
     )
     return (
-        f"the loss of step {step} is not finite, training stops. Images in that step: "
+        f"the loss or gradient of step {step} is not finite, training stops. Images in that step: "
         f"{', '.join(paths)}. Then {back}; precision.compute = fp32 tells overflow from divergence"
     )
 

@@ -26,8 +26,10 @@ log = logging.getLogger(__name__)
 class Trained:
     """The trainable parameters of a network and everything whose state a checkpoint holds."""
 
-    def __init__(self, config: Config, denoiser: nn.Module, placement: Placement) -> None:
-        if config.adapter.init_from is not None:
+    def __init__(
+        self, config: Config, denoiser: nn.Module, placement: Placement, *, resuming: bool = False
+    ) -> None:
+        if config.adapter.init_from is not None and not resuming:
             aside = load_lora(denoiser, Path(config.adapter.init_from))
             if aside:
                 log.warning(
@@ -53,6 +55,8 @@ class Trained:
         )
         fp16 = placement.compute_dtype == torch.float16
         self._scaler = LossScaler(placement.device) if fp16 else None
+        self.scales_loss = fp16
+        """Updates with a gradient that is not finite are skipped, not an error."""
         self._base_dtype = short(placement.base_dtype)
 
     def set_lr(self, step: int) -> float:
@@ -105,12 +109,18 @@ class Trained:
             groups["ema"] = self._ema.state_tensors()
         if self._scaler is not None:
             groups["loss_scale"] = self._scaler.state_tensors()
+        state = {"made_by": self._made_by(), "base_dtype": self._base_dtype, "optimizer": numbers}
+        return groups, state
+
+    def _made_by(self) -> dict[str, Any]:
+        """What a checkpoint cannot be resumed without."""
         c = self._config
-        made_by = {"family": c.model.family, "model": c.model.path, "optimizer": c.optimizer.name}
-        return groups, {
-            "made_by": made_by,
-            "base_dtype": self._base_dtype,
-            "optimizer": numbers,
+        return {
+            "model.family": c.model.family,
+            "model.path": _absolute(c.model.path),
+            "optimizer.name": c.optimizer.name,
+            "adapter.alpha": c.adapter.alpha,
+            "precision.base": self._base_dtype,
         }
 
     @torch.no_grad()
@@ -119,15 +129,11 @@ class Trained:
         model, adapter, optimizer or precision."""
         saved, made_by = resumed.groups, resumed.state["made_by"]
         check_same_tensors(resumed.path, saved["trainable"], self.parameters)
-        for key, given in (
-            ("family", self._config.model.family),
-            ("model", self._config.model.path),
-            ("optimizer", self._config.optimizer.name),
-        ):
-            if made_by[key] != given:
+        for key, now in self._made_by().items():
+            if made_by[key] != now:
                 raise CheckpointError(
-                    f"{resumed.path} was trained with {key} {made_by[key]!r}, the config says "
-                    f"{given!r}; resume with the config.toml of its run folder"
+                    f"{resumed.path} was trained with {key} = {made_by[key]!r}, the config says "
+                    f"{now!r}; resume with the config.toml of its run folder"
                 )
         if resumed.step > self._config.train.steps:
             raise CheckpointError(
@@ -149,3 +155,9 @@ class Trained:
         if self._scaler is not None:
             self._scaler.load_state_tensors(saved["loss_scale"])
         return resumed.step
+
+
+def _absolute(model: str) -> str:
+    """A model's path, however it is spelled; a hub id stays as it is."""
+    path = Path(model).expanduser()
+    return str(path.resolve()) if path.is_dir() else model

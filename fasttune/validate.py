@@ -1,5 +1,6 @@
 """Validation during training: a grid of samples beside the untrained model's, and the held-out loss."""
 
+import hashlib
 import logging
 from pathlib import Path
 
@@ -60,6 +61,11 @@ class Validator:
                 for shot in self._shots
             ]
 
+    @property
+    def records(self) -> list[str]:
+        """What each validation adds to metrics.jsonl."""
+        return ["held_out_loss"] * bool(self._prepared.held_out) + ["samples"] * bool(self._shots)
+
     def run(self, step: int, denoiser: nn.Module, metrics: Metrics) -> None:
         """Validates the weights as they are and records the results under `step`."""
         if self._prepared.held_out:
@@ -109,14 +115,15 @@ class Validator:
             compute_dtype=placement.compute_dtype,
         )
         folder = self._run_dir / "samples"
-        for number, image in enumerate(images):
-            save_png(image, self._single(step, number))
+        for shot, image in zip(self._shots, images, strict=True):
+            save_png(image, self._single(step, shot))
         first = self._first_column()
         rows = [[image] for image in images]
-        columns = [f"step {step}" if step else "untrained"]
+        untrained = "untrained" if self._config.adapter.init_from is None else "at the start"
+        columns = [f"step {step}" if step else untrained]
         if step and first:
             rows = [[before, image] for before, image in zip(first, images, strict=True)]
-            columns = ["untrained", *columns]
+            columns = [untrained, *columns]
         grid = folder / f"{checkpoint_name(step)}.png"
         save_png(make_grid(rows, self._labels, columns), grid)
         return grid
@@ -135,12 +142,17 @@ class Validator:
             negative=None if self._spec.has_guidance else read(v.negative_prompt),
         )
 
-    def _single(self, step: int, number: int) -> Path:
-        return self._run_dir / "samples" / "single" / f"{checkpoint_name(step)}-{number:02d}.png"
+    def _single(self, step: int, shot: Shot) -> Path:
+        """Named after what is sampled, so that changed prompts never meet another's first column."""
+        what = (
+            f"{self._config.validation.prompts[shot.prompt]} {shot.width} {shot.height} {shot.seed}"
+        )
+        digest = hashlib.blake2b(what.encode(), digest_size=6).hexdigest()
+        return self._run_dir / "samples" / "single" / f"{checkpoint_name(step)}-{digest}.png"
 
     def _first_column(self) -> list[Image.Image]:
         """The untrained model's images, from disk: a resumed run has them, too."""
-        paths = [self._single(0, number) for number in range(len(self._shots))]
+        paths = [self._single(0, shot) for shot in self._shots]
         if not all(path.is_file() for path in paths):
             return []
         return [Image.open(path).convert("RGB") for path in paths]

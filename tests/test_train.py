@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -40,6 +41,9 @@ def data(tmp_path_factory):
         image = Image.fromarray(small).resize(size, Image.Resampling.BICUBIC)
         image.save(root / "images" / f"{number}.png")
         (root / "images" / f"{number}.txt").write_text(f"image {number}")
+    (root / "held out").mkdir()
+    for name in ("0.png", "0.txt", "1.png", "1.txt"):
+        shutil.copy(root / "images" / name, root / "held out" / name)
     return root
 
 
@@ -68,6 +72,8 @@ def write_config(data, tmp_path, tiny_sdxl):
             "checkpoint.every": 2,
             "logging.every": 1,
         } | {key.replace("__", "."): value for key, value in overrides.items()}
+        if keys.get("adapter.type") == "none":
+            keys = {k: v for k, v in keys.items() if k == "adapter.type" or k[:8] != "adapter."}
         path = tmp_path / "config.toml"
         path.write_text(f'[[data]]\npath = "{data / "images"}"\nresolution = 64\n')
         return path, [f"{key}={value}" for key, value in keys.items()]
@@ -223,7 +229,8 @@ def test_a_signal_writes_a_checkpoint_and_leaves_with_a_message(write_config, tm
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 128 + number, output
     assert "Traceback" not in output
-    assert f"by {number.name}" in output and "--resume latest" in output
+    assert f"by {number.name}" in output
+    assert f"config.toml --resume {tmp_path / 'runs' / 'r'}\n" in output
     step = int(re.search(r"stopped at step (\d+)", output)[1])
     assert state(tmp_path / "runs" / "r")[0] == f"step-{step:06d}"
     assert (tmp_path / "runs" / "r" / "report.html").is_file()
@@ -245,25 +252,140 @@ def test_a_loss_that_is_not_finite_stops_with_step_images_and_last_checkpoint(ru
     with pytest.raises(TrainingError) as error:
         run(logging__every=5)
     message = str(error.value)
-    assert "loss of step 4 is not finite" in message
+    assert "step 4 is not finite" in message
     assert re.search(r"images/\d\.png", message)
     assert "step-000002" in message and "--resume latest" in message
 
 
 def test_a_checkpoint_of_another_model_adapter_or_optimizer_is_refused(run):
-    run()
+    _, folder = run()
+    before = {path: path.read_bytes() for path in folder.iterdir() if path.is_file()}
     with pytest.raises(CheckpointError, match="shape"):
         run(resume="latest", adapter__rank=8)
     with pytest.raises(CheckpointError, match="another model or adapter"):
         run(resume="latest", adapter__type="none")
-    with pytest.raises(CheckpointError, match="optimizer 'adamw'"):
+    with pytest.raises(CheckpointError, match="optimizer.name = 'adamw'"):
         run(resume="latest", optimizer__name="lion")
     with pytest.raises(CheckpointError, match="beyond train.steps"):
         run(resume="latest", train__steps=3)
     with pytest.raises(CheckpointError, match="'ema'"):
         run(resume="latest", ema__enabled="false")
+    with pytest.raises(CheckpointError, match=r"adapter\.alpha = 4.*says 8"):
+        run(resume="latest", adapter__alpha=8)
     with pytest.raises(CheckpointError, match="no checkpoint"):
         run(resume="latest", run__name="other")
+    after = {path: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    assert {k: v for k, v in after.items() if k.name != "run.log"} == {
+        k: v for k, v in before.items() if k.name != "run.log"
+    }  # a refused resume changes nothing
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_before_it_is_saved(run, monkeypatch):
+    """The loss of the last step is fine, its gradient is not: nothing bad may be saved."""
+    import fasttune.trained
+
+    update = fasttune.trained.Trained.update
+
+    def poisoned(self, step):
+        if step == 6:
+            next(iter(self.parameters.values())).grad[0] = float("nan")
+        return update(self, step)
+
+    monkeypatch.setattr(fasttune.trained.Trained, "update", poisoned)
+    with pytest.raises(TrainingError, match=r"gradient of step 6 .*step-000004"):
+        run(logging__every=100)
+
+
+def test_resume_warns_of_what_changed_and_takes_the_run_it_is_given(run, tmp_path, caplog):
+    _, first = run(train__steps=2, schedule__warmup_steps=0)
+    run(train__steps=2, schedule__warmup_steps=0, run__name="r")
+    more = {"train__steps": 3, "schedule__warmup_steps": 0}
+    run(resume=str(first), **more, run__seed=7)
+    assert "run.seed: was 42, now 7" in caplog.text and "train.steps: was 2, now 3" in caplog.text
+    assert state(first)[0] == "step-000003"
+    assert state(tmp_path / "runs" / "r-2")[0] == "step-000002"
+    caplog.clear()
+    run(resume="latest", **more)
+    assert (
+        "resuming the run in" in caplog.text
+        and state(tmp_path / "runs" / "r-2")[0] == "step-000003"
+    )
+    assert "run.seed: was" not in caplog.text
+
+
+def test_going_back_sets_later_checkpoints_aside(run):
+    _, folder = run(checkpoint__keep=0)
+    run(resume=str(folder / "checkpoints" / "step-000002"), checkpoint__keep=1)
+    names = sorted(path.name for path in (folder / "checkpoints").iterdir())
+    assert names == ["abandoned-step-000004", "abandoned-step-000006", "step-000006"]
+
+
+def test_two_processes_cannot_train_in_one_folder(run):
+    _, folder = run(train__steps=2, schedule__warmup_steps=0)
+    from fasttune.run_folder import locked
+
+    with locked(folder), pytest.raises(CheckpointError, match="another process"):
+        run(resume=str(folder), train__steps=3, schedule__warmup_steps=0)
+
+
+def test_a_validation_that_was_killed_is_made_up_for(run, data, monkeypatch):
+    import fasttune.train
+
+    options = {
+        "validation__every": 2,
+        "validation__held_out_path": str(data / "held out"),
+        "train__steps": 4,
+    }
+    validate = fasttune.train.Validator.run
+
+    def killed(self, step, *rest):
+        if step == 4:
+            raise SystemExit("killed")
+        validate(self, step, *rest)
+
+    monkeypatch.setattr(fasttune.train.Validator, "run", killed)
+    with pytest.raises(SystemExit):
+        run(**options)
+    monkeypatch.undo()
+    _, folder = run(resume="latest", **options)
+    steps = [x["step"] for x in read_metrics(folder / "metrics.jsonl") if "held_out_loss" in x]
+    assert steps == [0, 2, 4]
+    run(resume="latest", **options)
+    again = [x["step"] for x in read_metrics(folder / "metrics.jsonl") if "held_out_loss" in x]
+    assert again == steps
+
+
+def test_no_step_waits_for_the_device(run, monkeypatch):
+    """Reading a value on the host is one operator, whatever the device: more steps, no more reads."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Reads(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func.overloadpacket in (
+                torch.ops.aten._local_scalar_dense,
+                torch.ops.aten.nonzero,
+                torch.ops.aten.masked_select,
+                torch.ops.aten.is_nonzero,
+            ):
+                self.count += 1
+            return func(*args, **(kwargs or {}))
+
+    counts = []
+    for steps in (2, 7):
+        with Reads() as reads:
+            run(
+                train__steps=steps,
+                logging__every=100,
+                checkpoint__every=0,
+                schedule__warmup_steps=0,
+                precision__compute="fp16",
+                objective__offset_noise=0.1,
+                objective__min_snr_gamma=5.0,
+            )
+        counts.append(reads.count)
+    assert counts[0] == counts[1]
 
 
 def test_resuming_can_train_longer_and_a_finished_run_is_left_as_it_is(run, tmp_path):
@@ -292,7 +414,7 @@ def test_validation_writes_grids_with_the_untrained_model_first_and_a_fixed_held
         validation__every=2,
         validation__prompts='["image 1", "image 2"]',
         validation__sampling_steps=2,
-        validation__held_out_path=str(data / "images"),
+        validation__held_out_path=str(data / "held out"),
         train__steps=4,
         optimizer__lr=0.0001,
     )
@@ -310,7 +432,7 @@ def test_validation_writes_grids_with_the_untrained_model_first_and_a_fixed_held
     assert lines[0]["held_out_loss"] != lines[-1]["held_out_loss"]
     _, still = run(
         validation__every=2,
-        validation__held_out_path=str(data / "images"),
+        validation__held_out_path=str(data / "held out"),
         train__steps=4,
         optimizer__lr=1e-30,
     )
