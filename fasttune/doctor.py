@@ -85,13 +85,6 @@ LIBRARIES = (
         used_for='optimizer.name = "adamw8bit"',
         probe=("adamw8bit", "bitsandbytes", "auto"),
     ),
-    Library(
-        name="flash-attn",
-        minimum="2.7",
-        extra="flash-attn",
-        used_for="nothing yet; attention is torch's own",
-        probe=("imports", "flash_attn"),
-    ),
     Library(name="pyarrow", minimum="15", extra="parquet", used_for='data.captions = "parquet"'),
     Library(
         name="tensorboard", minimum="2.16", extra="tensorboard", used_for="logging.tensorboard"

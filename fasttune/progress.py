@@ -171,8 +171,9 @@ class _RunLog(logging.FileHandler):
         self._failed = True
         # What could not be written is still in the buffer, and close would try it again.
         stream, self.stream = self.stream, None  # type: ignore[assignment]
-        with contextlib.suppress(OSError):
-            stream.close()
+        if stream is not None:
+            with contextlib.suppress(OSError):
+                stream.close()
         logger.warning(
             "%s: cannot be written (%s); the log goes on without it",
             self.baseFilename,

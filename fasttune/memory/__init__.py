@@ -1,1 +1,0 @@
-"""Whole-step memory: tracing, planning, activation policies."""
