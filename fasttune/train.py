@@ -7,16 +7,13 @@ and a run that was killed and resumed ends with bitwise the weights of one that 
 """
 
 import dataclasses
-import hashlib
 import json
 import logging
 import signal
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from functools import partial
-from logging.handlers import MemoryHandler
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +35,7 @@ from fasttune.data.loader import BatchPlan, load
 from fasttune.ddpm import add_offset_noise
 from fasttune.errors import TrainingError
 from fasttune.export import main as export
-from fasttune.metrics import Metrics, open_trackers, setup_run_log
+from fasttune.metrics import Metrics, open_trackers
 from fasttune.models import MODELS
 from fasttune.models.layers import set_recompute
 from fasttune.models.spec import ModelSpec, cast_conditions, select_conditions
@@ -53,8 +50,9 @@ from fasttune.run_folder import (
     stop_on_signals,
     write_text,
 )
+from fasttune.run_log import kept_log, run_log
 from fasttune.seeds import derive_seed, seed_default
-from fasttune.trained import Trained
+from fasttune.trained import Trained, settings_of, warn_of_changes
 from fasttune.validate import Validator
 
 log = logging.getLogger(__name__)
@@ -73,14 +71,14 @@ def train(config: Config, *, resume: str | None = None, verbose: bool = False) -
         run_dir, resumed = resume_run(config.run.output_dir, config.run.name, resume)
     with ExitStack() as stack:
         stack.enter_context(leave_on_sigterm())
-        early = stack.enter_context(_kept_log())
+        early = stack.enter_context(kept_log())
         log.info("%s", placement.reason)
         config = resolved(config, placement, check_model(config, resumed))
         prepared = prepare(config)
         stack.callback(prepared.cache.close)
         run_dir = run_dir or new_run(config.run.output_dir, config.run.name)
         stack.enter_context(locked(run_dir))
-        stack.enter_context(_run_log(run_dir, early, verbose))
+        stack.enter_context(run_log(run_dir, early, verbose))
         own = replace(config.run, output_dir=str(run_dir.parent), name=run_dir.name)
         return _train(replace(config, run=own), run_dir, prepared, resumed, begin)
 
@@ -104,12 +102,12 @@ def _train(
         batch_size=t_.batch_size,
         seed=config.run.seed,
     )
-    settings = _settings(config, prepared)
+    settings = settings_of(config, prepared.train)
     checkpoints = run_dir / "checkpoints"
     step = 0
     if resumed is not None:
         step = trained.restore(resumed)
-        _warn_of_changes(resumed, settings)
+        warn_of_changes(resumed, settings)
         resumed.groups.clear()  # gives mapped files back
         set_aside_checkpoints(checkpoints, step)
     # Only now, because a refused resume must leave the folder as it was.
@@ -262,34 +260,6 @@ def _predict(
     return spec.predict(denoiser, noisy.to(compute), t, conditions, sizes, guidance)
 
 
-def _settings(config: Config, prepared: Prepared) -> dict[str, Any]:
-    """What decides how a run goes on, flat, as JSON has it: kept in checkpoints to be compared."""
-    digest = hashlib.blake2b(digest_size=8)
-    for cached in prepared.train:
-        digest.update(cached.latents_key + cached.text_key)
-    found: dict[str, Any] = {
-        "run.seed": config.run.seed,
-        "the training images and captions": f"{len(prepared.train)}, {digest.hexdigest()}",
-    }
-    for section in ("adapter", "precision", "train", "objective", "optimizer", "schedule", "ema"):
-        values = dataclasses.asdict(getattr(config, section))
-        found |= {f"{section}.{key}": value for key, value in values.items()}
-    loaded: dict[str, Any] = json.loads(json.dumps(found))
-    return loaded
-
-
-def _warn_of_changes(resumed: ResumeState, settings: dict[str, Any]) -> None:
-    before = resumed.state["settings"]
-    for key, now in settings.items():
-        if before.get(key) != now:
-            log.warning(
-                "%s: was %s, now %s; from here the run differs from one that was not stopped",
-                key,
-                before.get(key),
-                now,
-            )
-
-
 def _normal(like: Tensor, generator: torch.Generator) -> Tensor:
     return torch.randn(like.shape, generator=generator, device=like.device)
 
@@ -317,33 +287,3 @@ def _nonfinite(
         f"the loss or gradient of step {step} is not finite, training stops. Images in that step: "
         f"{', '.join(paths)}. Then {back}; precision.compute = fp32 tells overflow from divergence"
     )
-
-
-@contextmanager
-def _kept_log() -> Iterator[MemoryHandler]:
-    """Keeps what is logged before the run folder exists, for its log file."""
-    handler = MemoryHandler(capacity=1 << 20, flushLevel=logging.CRITICAL + 1)
-    logger = logging.getLogger("fasttune")
-    logger.addHandler(handler)
-    try:
-        yield handler
-    finally:
-        logger.removeHandler(handler)
-
-
-@contextmanager
-def _run_log(run_dir: Path, early: MemoryHandler, verbose: bool) -> Iterator[None]:
-    """Logs to <run>/run.log until the end of the run, beginning with what `early` has kept."""
-    handler = setup_run_log(run_dir, verbose)
-    logger = logging.getLogger("fasttune")
-    early.setTarget(handler)
-    early.flush()
-    logger.removeHandler(early)
-    try:
-        yield
-    except Exception:
-        log.debug("the run ended with an error", exc_info=True)
-        raise
-    finally:
-        logger.removeHandler(handler)
-        handler.close()

@@ -1,7 +1,10 @@
 """What a run trains and what trains it: parameters, optimizer, loss scale and average."""
 
+import dataclasses
+import hashlib
+import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -12,6 +15,7 @@ from torch import Tensor, nn
 from fasttune.adapters.formats import load_lora
 from fasttune.checkpoint import ResumeState, check_same_tensors
 from fasttune.config import Config
+from fasttune.data.loader import CachedSample
 from fasttune.device import Placement, short
 from fasttune.errors import CheckpointError
 from fasttune.optim import build_optimizer, load_state_tensors, set_lr, state_tensors
@@ -161,3 +165,32 @@ def _absolute(model: str) -> str:
     """A model's path, however it is spelled; a hub id stays as it is."""
     path = Path(model).expanduser()
     return str(path.resolve()) if path.is_dir() else model
+
+
+def settings_of(config: Config, samples: Sequence[CachedSample]) -> dict[str, Any]:
+    """What decides how a run goes on, flat, as JSON has it: kept in checkpoints to be compared."""
+    digest = hashlib.blake2b(digest_size=8)
+    for cached in samples:
+        digest.update(cached.latents_key + cached.text_key)
+    found: dict[str, Any] = {
+        "run.seed": config.run.seed,
+        "the training images and captions": f"{len(samples)}, {digest.hexdigest()}",
+    }
+    for section in ("adapter", "precision", "train", "objective", "optimizer", "schedule", "ema"):
+        values = dataclasses.asdict(getattr(config, section))
+        found |= {f"{section}.{key}": value for key, value in values.items()}
+    loaded: dict[str, Any] = json.loads(json.dumps(found))
+    return loaded
+
+
+def warn_of_changes(resumed: ResumeState, settings: Mapping[str, Any]) -> None:
+    """Names what differs from the settings a checkpoint was written under."""
+    before = resumed.state["settings"]
+    for key, now in settings.items():
+        if before.get(key) != now:
+            log.warning(
+                "%s: was %s, now %s; from here the run differs from one that was not stopped",
+                key,
+                before.get(key),
+                now,
+            )
