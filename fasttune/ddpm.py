@@ -64,14 +64,15 @@ def rescale_zero_terminal_snr(abar: Tensor) -> Tensor:
     return ((root - last) * (first / (first - last))).square()
 
 
-def add_noise(x_0: Tensor, eps: Tensor, abar: Tensor) -> Tensor:
-    """x_t. x_0, eps (B, ...), abar (B,) -> (B, ...) float32."""
-    return _mix(abar.sqrt(), x_0, (1 - abar).sqrt(), eps)
+def add_noise(x_0: Tensor, eps: Tensor, signal: Tensor, std: Tensor) -> Tensor:
+    """x_t = signal x_0 + std eps, with signal = sqrt(abar) and std = sqrt(1 - abar).
+    x_0, eps (B, ...), signal, std (B,) -> (B, ...) float32."""
+    return _mix(signal, x_0, std, eps)
 
 
-def v_target(x_0: Tensor, eps: Tensor, abar: Tensor) -> Tensor:
-    """v = sqrt(abar) eps - sqrt(1 - abar) x_0. x_0, eps (B, ...), abar (B,) -> (B, ...) float32."""
-    return _mix(abar.sqrt(), eps, -(1 - abar).sqrt(), x_0)
+def v_target(x_0: Tensor, eps: Tensor, signal: Tensor, std: Tensor) -> Tensor:
+    """v = signal eps - std x_0; arguments as of `add_noise`. (B, ...) float32."""
+    return _mix(signal, eps, -std, x_0)
 
 
 def _mix(a: Tensor, x: Tensor, b: Tensor, y: Tensor) -> Tensor:
@@ -249,7 +250,11 @@ class Ddpm:
     min_snr_gamma: float | None = None
     loss_name: LossName = "mse"
     huber_delta: float = 0.1
+    # Made once a device: a copy from host memory in each micro-batch would be a synchronisation.
     _tables: dict[torch.device, Tensor] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+    _explicit: dict[torch.device, Tensor] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
 
@@ -302,7 +307,11 @@ class Ddpm:
         high = len(self.timesteps) if explicit else self.num_train_timesteps
         t = torch.randint(high, (batch_size,), generator=generator, device=generator.device)
         if explicit:
-            t = torch.tensor(self.timesteps, device=generator.device)[t]
+            table = self._explicit.get(t.device)
+            if table is None:
+                table = torch.tensor(self.timesteps, device=t.device)
+                self._explicit[t.device] = table
+            t = table[t]
         return t.to(device, torch.float32)
 
     def held_out_times(self, n: int) -> list[float]:
@@ -321,11 +330,11 @@ class Ddpm:
         predict(noisy_latents (B, C, H, W) float32, t (B,)) -> epsilon or v (B, C, H, W).
         """
         signal, std = self._signal_and_noise(t)
-        prediction = predict(_mix(signal, clean_latents, std, noise), t)
+        prediction = predict(add_noise(clean_latents, noise, signal, std), t)
         if self.prediction == "epsilon":
             target = noise
         else:
-            target = _mix(signal, noise, -std, clean_latents)
+            target = v_target(clean_latents, noise, signal, std)
         loss = distance(prediction, target, loss=self.loss_name, huber_delta=self.huber_delta)
         if self.min_snr_gamma is None:
             return loss
@@ -336,7 +345,6 @@ class Ddpm:
         """sqrt(abar_t) and sqrt(1 - abar_t), each (B,) float32 on t's device."""
         table = self._tables.get(t.device)
         if table is None:
-            # Once a device: a copy from host memory in each step would be a synchronisation.
             abar = alphas_cumprod(
                 num_train_timesteps=self.num_train_timesteps,
                 beta_start=self.beta_start,

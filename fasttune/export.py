@@ -152,7 +152,7 @@ def main(
                 whole = single_file_tensors(spec.family, trained, folder)
                 whole |= _markers(config, spec, folder)
                 write_tensors(path, stored(whole, storage), metadata)
-        log.info("wrote %s (%s, %s)", path, name, dtype or config.export.dtype)
+        log.debug("wrote %s (%s, %s)", path, name, dtype or config.export.dtype)
         written.append(path)
     return written
 
@@ -185,9 +185,9 @@ def export_folder(
     shard_bytes: int = SHARD_BYTES,
 ) -> Path:
     """A model folder in diffusers layout: `network` in the sub-folder `component`, in shards of at
-    most `shard_bytes`, and everything else from the folder `source` (weights hard-linked where the
-    file system allows it). `scheduler` has the keys of scheduler_config.json that training changed.
-    A folder already at `out` is replaced when the new one is complete."""
+    most `shard_bytes`, and everything else copied from the folder `source`. `scheduler` has the
+    keys of scheduler_config.json that training changed. A folder already at `out` is replaced when
+    the new one is complete."""
     beside = out.with_name(f".{out.name}.tmp-{os.getpid()}")
     old = out.with_name(f".{out.name}.old-{os.getpid()}")
     try:
@@ -243,8 +243,11 @@ def _write_shards(
 
 
 def _copy_components(source: Path, out: Path, component: str) -> None:
-    """model_index.json and every component but one; safetensors are linked, and weights in other
-    formats or half-precision variants beside plain ones are left out."""
+    """model_index.json and every component but one; weights in other formats than safetensors, or
+    half-precision variants beside plain ones, are left out.
+
+    Copied, not linked: the source is often the hub's cache, which an edit of the export must not
+    change."""
     folders = [path for path in source.iterdir() if path.is_dir() and path.name != component]
     if (source / "model_index.json").is_file():
         shutil.copyfile(source / "model_index.json", out / "model_index.json")
@@ -259,18 +262,7 @@ def _copy_components(source: Path, out: Path, component: str) -> None:
             is_variant = VARIANT.search(path.name) is not None
             if (weights and path.suffix in _OTHER_WEIGHTS) or (has_plain and is_variant):
                 continue
-            target = out / folder.name / path.name
-            if path.suffix == ".safetensors":
-                _link(path.resolve(), target)
-            else:
-                shutil.copyfile(path, target)
-
-
-def _link(source: Path, target: Path) -> None:
-    try:
-        os.link(source, target)
-    except OSError:  # another file system, or one without links
-        shutil.copyfile(source, target)
+            shutil.copyfile(path, out / folder.name / path.name)
 
 
 def _check_complete(

@@ -15,7 +15,7 @@ noise, which larger images need more of, because at the same sigma they show mor
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -204,6 +204,10 @@ class FlowMatching:
     max_shift: float = 1.15
     base_seq_len: int = 256
     max_seq_len: int = 4096
+    # Made once a device: a copy from host memory in each micro-batch would be a synchronisation.
+    _explicit: dict[torch.device, Tensor] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     def __post_init__(self) -> None:
         problems = []
@@ -244,10 +248,13 @@ class FlowMatching:
         """
         draw_on = generator.device
         if self.timestep_sampling == "explicit":
-            levels = torch.tensor(self.timesteps, dtype=torch.float32, device=draw_on)
             index = torch.randint(
                 len(self.timesteps), (batch_size,), generator=generator, device=draw_on
             )
+            levels = self._explicit.get(index.device)
+            if levels is None:
+                levels = torch.tensor(self.timesteps, dtype=torch.float32, device=draw_on)
+                self._explicit[index.device] = levels
             return levels[index].to(device)
         if self.timestep_sampling == "logit_normal":
             sigma = logit_normal(

@@ -120,13 +120,19 @@ def component_files(folder: Path) -> list[Path]:
 
 
 def write_tensors(
-    path: Path, tensors: Mapping[str, LazyTensor], metadata: Mapping[str, str]
+    path: Path,
+    tensors: Mapping[str, LazyTensor],
+    metadata: Mapping[str, str],
+    *,
+    seen: Callable[[bytes | memoryview], object] | None = None,
 ) -> None:
     """Writes a safetensors file whole or not at all; an earlier file of this name stays until then.
 
     With HASH_KEY in the metadata its value becomes "0x" and the SHA-256 of all tensor bytes in file
-    order, as modelspec asks. StorageError if the disk is full or the folder cannot be written.
+    order, as modelspec asks. Without it `seen` can be given: it is called with all bytes of the
+    file, in order. StorageError if the disk is full or the folder cannot be written.
     """
+    assert seen is None or HASH_KEY not in metadata, "the header with the hash is written last"
     # Largest elements first keep every tensor aligned.
     order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
     metadata = dict(metadata)
@@ -148,7 +154,10 @@ def write_tensors(
         path.parent.mkdir(parents=True, exist_ok=True)
         digest = hashlib.sha256()
         with beside.open("wb") as file:
-            file.write(_header(entries))
+            header = _header(entries)
+            file.write(header)
+            if seen is not None:
+                seen(header)
             for name in order:
                 value = tensors[name].load().detach().cpu().contiguous()
                 assert tuple(value.shape) == tensors[name].shape, name
@@ -156,6 +165,9 @@ def write_tensors(
                 file.write(data)
                 if HASH_KEY in metadata:
                     digest.update(data)
+                if seen is not None:
+                    seen(data)
+                del value, data  # before the next one is loaded
             if HASH_KEY in metadata:
                 metadata[HASH_KEY] = f"0x{digest.hexdigest()}"
                 file.seek(0)

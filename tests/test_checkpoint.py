@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import weakref
 
 import pytest
 import torch
@@ -35,6 +36,13 @@ def _groups(step, size=8):
     }
 
 
+def assert_same(actual, expected):
+    assert set(actual) == set(expected)
+    for key, tensor in actual.items():
+        assert tensor.dtype == expected[key].dtype
+        assert torch.equal(tensor, expected[key])
+
+
 def test_round_trip_is_bitwise_and_keeps_dtypes(tmp_path):
     groups = _groups(5)
     path = save_checkpoint(tmp_path, 5, groups, {"optimizer": {"lr": 0.1}})
@@ -42,9 +50,7 @@ def test_round_trip_is_bitwise_and_keeps_dtypes(tmp_path):
     assert back.step == 5 and back.state["optimizer"] == {"lr": 0.1}
     assert set(back.groups) == {"trainable", "optimizer"}
     for name, tensors in back.groups.items():
-        for key, tensor in tensors.items():
-            assert tensor.dtype == groups[name][key].dtype
-            assert torch.equal(tensor, groups[name][key])
+        assert_same(tensors, groups[name])
 
 
 @pytest.mark.parametrize("harm", ["truncate", "flip", "remove", "json", "no_json", "empty"])
@@ -98,14 +104,43 @@ def test_prune_keeps_the_newest(tmp_path):
 def test_a_full_disk_leaves_earlier_checkpoints_and_no_remains(tmp_path, monkeypatch):
     first = save_checkpoint(tmp_path, 1, _groups(1), {})
 
-    def full(tensors, path):
-        path.write_bytes(b"half")
-        raise OSError(errno.ENOSPC, "No space left on device")
+    flushed = []
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    def full(descriptor):
+        flushed.append(descriptor)
+        if len(flushed) > 1:  # the first file fits, the second does not
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(StorageError, match=r"step-000002.*No space left.*Earlier .* intact"):
         save_checkpoint(tmp_path, 2, _groups(2), {})
     assert os.listdir(tmp_path) == [first.name] and damage(first) is None
+
+
+def test_one_tensor_at_a_time_is_in_host_memory(tmp_path, monkeypatch):
+    """Copies to the host of a whole network's state would be tens of GB at once."""
+    alive, most, contiguous = [], [], torch.Tensor.contiguous
+
+    def watched(tensor):
+        most.append(sum(copy() is not None for copy in alive))
+        copy = contiguous(tensor)
+        alive.append(weakref.ref(copy))
+        return copy
+
+    groups = {"trainable": {f"{i}": torch.randn(4, 8).T for i in range(5)}}
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "contiguous", watched)
+        path = save_checkpoint(tmp_path, 1, groups, {})
+    assert len(alive) == 5 and max(most) == 0
+    assert_same(load_checkpoint(path).groups["trainable"], groups["trainable"])
+
+
+def test_bytes_are_read_once_before_loading(tmp_path, monkeypatch):
+    paths = [save_checkpoint(tmp_path, step, _groups(step), {}) for step in (1, 2)]
+    checked, crc32 = [], checkpoint._crc32
+    monkeypatch.setattr(checkpoint, "_crc32", lambda path: checked.append(path) or crc32(path))
+    assert find_checkpoint(tmp_path, "latest").step == 2
+    assert sorted(checked) == sorted(paths[1].glob("*.safetensors"))
 
 
 def test_another_model_is_refused_with_names(tmp_path):

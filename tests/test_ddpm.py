@@ -41,14 +41,12 @@ def test_noise_and_velocity_equal_diffusers(zero_snr: bool) -> None:
     x_0, eps = torch.randn(2, 6, 4, 3, 5, generator=g)
     t = torch.tensor([0, 1, 250, 500, 998, 999])
     abar = alphas_cumprod(**SD, zero_terminal_snr=zero_snr)[t]
-    torch.testing.assert_close(
-        ddpm.add_noise(x_0, eps, abar), theirs.add_noise(x_0, eps, t), rtol=0, atol=3e-5
-    )
-    torch.testing.assert_close(
-        ddpm.v_target(x_0, eps, abar), theirs.get_velocity(x_0, eps, t), rtol=0, atol=3e-5
-    )
+    signal, std = abar.sqrt(), (1 - abar).sqrt()
+    noisy, velocity = theirs.add_noise(x_0, eps, t), theirs.get_velocity(x_0, eps, t)
+    torch.testing.assert_close(ddpm.add_noise(x_0, eps, signal, std), noisy, rtol=0, atol=3e-5)
+    torch.testing.assert_close(ddpm.v_target(x_0, eps, signal, std), velocity, rtol=0, atol=3e-5)
     if zero_snr:
-        assert torch.equal(ddpm.add_noise(x_0, eps, abar)[-1], eps[-1])
+        assert torch.equal(ddpm.add_noise(x_0, eps, signal, std)[-1], eps[-1])
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
@@ -213,7 +211,8 @@ def test_the_true_prediction_leads_back_to_the_image(kind: str) -> None:
     x = x_0 + sigmas[0] * eps
     for sigma, sigma_next in zip(sigmas[:-1], sigmas[1:], strict=True):
         abar = (1 / (1 + sigma**2)).view(1)
-        prediction = eps if kind == "epsilon" else ddpm.v_target(x_0, eps, abar)
+        velocity = ddpm.v_target(x_0, eps, abar.sqrt(), (1 - abar).sqrt())
+        prediction = eps if kind == "epsilon" else velocity
         torch.testing.assert_close(
             ddpm.denoised(x, prediction, sigma, kind=kind).double(),  # type: ignore[arg-type]
             x_0,
@@ -233,6 +232,14 @@ def test_sampled_timesteps_are_uniform_integers() -> None:
     chosen = Ddpm(prediction="epsilon", timestep_sampling="explicit", timesteps=(10.0, 900.0))
     drawn = chosen.sample_times(64, 0, generator_for(9), "cpu")
     assert drawn.unique().tolist() == [10.0, 900.0] and drawn.dtype == torch.float32
+
+
+def test_explicit_timesteps_go_to_the_device_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From host memory in each micro-batch they would be a synchronisation."""
+    chosen = Ddpm(prediction="epsilon", timestep_sampling="explicit", timesteps=(10.0, 900.0))
+    first = chosen.sample_times(8, 0, generator_for(9), "cpu")
+    monkeypatch.setattr(torch, "tensor", None)
+    assert torch.equal(chosen.sample_times(8, 0, generator_for(9), "cpu"), first)
 
 
 def test_held_out_times_cover_the_range() -> None:

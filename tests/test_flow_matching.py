@@ -167,6 +167,14 @@ def test_explicit_times_are_used_as_given() -> None:
     assert (counts - 1000).abs().max() < 5 * math.sqrt(3000 * 2 / 9)
 
 
+def test_explicit_times_go_to_the_device_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From host memory in each micro-batch they would be a synchronisation."""
+    objective = FlowMatching(timestep_sampling="explicit", timesteps=(0.0, 0.25), shift="none")
+    first = objective.sample_times(8, 256, generator_for(9), "cpu")
+    monkeypatch.setattr(torch, "tensor", None)
+    assert torch.equal(objective.sample_times(8, 256, generator_for(9), "cpu"), first)
+
+
 def test_same_seed_same_times() -> None:
     assert torch.equal(
         draw(timestep_sampling="logit_normal", n=8), draw(timestep_sampling="logit_normal", n=8)

@@ -1,8 +1,8 @@
 """Images and latents equal those of the diffusers pipelines on tiny random models."""
 
 import json
-import logging
 import shutil
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fasttune import sample as sampling
 from fasttune.adapters.formats import lora_tensors
-from fasttune.adapters.lora import apply_lora, lora_parameters, lora_state, module_shapes
+from fasttune.adapters.lora import apply_lora, lora_state, module_shapes
 from fasttune.build import objective_for, scheduler_config
 from fasttune.checkpoint import save_checkpoint
 from fasttune.config import Config, Data, Model, Run, Validation
@@ -373,8 +373,6 @@ def test_an_image_depends_on_its_seed_alone(tiny_sdxl: Path) -> None:
 
 
 def test_text_encoders_are_loaded_one_at_a_time(tiny_flux: Path) -> None:
-    import weakref
-
     alive: list[weakref.ref[Any]] = []
     spec = MODELS["flux"]
 
@@ -439,7 +437,7 @@ def lora_of(folder: Path, family: str) -> nn.Module:
     apply_lora(denoiser, targets=targets, rank=4, alpha=8.0)
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
-        for name, parameter in lora_parameters(denoiser).items():
+        for name, parameter in denoiser.named_parameters():
             if name.endswith("lora_B"):
                 parameter.copy_(0.5 * torch.randn(parameter.shape, generator=generator))
     return denoiser
@@ -447,7 +445,7 @@ def lora_of(folder: Path, family: str) -> nn.Module:
 
 @pytest.mark.parametrize("family", ["sdxl", "flux"])
 def test_main_with_weights_of_any_layout(
-    family: str, request: pytest.FixtureRequest, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    family: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
     folder = request.getfixturevalue(f"tiny_{family}")
     denoiser = lora_of(folder, family)
@@ -461,15 +459,14 @@ def test_main_with_weights_of_any_layout(
         save_file(tensors, files[layout])
     pixels: dict[str, np.ndarray] = {}
     for name, weights in files.items():
-        with caplog.at_level(logging.INFO, logger="fasttune"):
-            paths = sampling.main(
-                config,
-                weights=weights,
-                prompts=[PROMPT, ""],
-                seeds=[0, 7],
-                resolutions=["64x64"],
-                out=tmp_path / name,
-            )
+        paths = sampling.main(
+            config,
+            weights=weights,
+            prompts=[PROMPT, ""],
+            seeds=[0, 7],
+            resolutions=["64x64"],
+            out=tmp_path / name,
+        )
         assert [path.name for path in paths] == [
             "01-a-photo-of-the-cat-64x64-seed0.png",
             "01-a-photo-of-the-cat-64x64-seed7.png",
@@ -477,16 +474,49 @@ def test_main_with_weights_of_any_layout(
             "02-empty-64x64-seed7.png",
             "grid.png",
         ]
-        assert [record.message for record in caplog.records[-5:]] == [str(path) for path in paths]
         pixels[name] = np.stack([np.asarray(Image.open(path)) for path in paths[:-1]]).astype(int)
     assert np.abs(pixels["peft"] - pixels["untrained"]).max() > 5
     for layout in ("kohya", "comfyui"):
         assert np.abs(pixels["peft"] - pixels[layout]).max() <= 1
 
 
+@pytest.mark.parametrize("family", ["sdxl", "flux"])
+def test_main_frees_the_network_before_the_autoencoder_is_loaded(
+    family: str,
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder = request.getfixturevalue(f"tiny_{family}")
+    networks: list[weakref.ref[nn.Module]] = []
+    alive_then: list[bool] = []
+    load_network, load_autoencoder = sampling._trained, sampling.load_autoencoder
+
+    def watched_network(*args: Any, **kwargs: Any) -> nn.Module:
+        network = load_network(*args, **kwargs)
+        networks.append(weakref.ref(network))
+        return network
+
+    def watched_autoencoder(*args: Any, **kwargs: Any) -> Any:
+        alive_then.extend(network() is not None for network in networks)
+        return load_autoencoder(*args, **kwargs)
+
+    monkeypatch.setattr(sampling, "_trained", watched_network)
+    monkeypatch.setattr(sampling, "load_autoencoder", watched_autoencoder)
+    weights = tmp_path / "lora.safetensors"
+    lora = lora_of(folder, family)
+    tensors = lora_tensors(
+        lora_state(lora), module_shapes(lora), layout="peft", dtype=torch.float32
+    )
+    save_file(tensors, weights)
+    config = config_for(family, folder, sampling_steps=1, prompts=(PROMPT,))
+    sampling.main(config, weights=weights, out=tmp_path / "out")
+    assert alive_then == [False]
+
+
 def test_main_with_a_checkpoint(tiny_sdxl: Path, tmp_path: Path) -> None:
     denoiser = lora_of(tiny_sdxl, "sdxl")
-    trained = {name: p.detach() for name, p in lora_parameters(denoiser).items()}
+    trained = {name: p.detach() for name, p in denoiser.named_parameters() if p.requires_grad}
     average = {name: 0.25 * p for name, p in trained.items()}
     run = tmp_path / "runs" / "cat"
     config = config_for("sdxl", tiny_sdxl, sampling_steps=1, prompts=(PROMPT,))

@@ -8,13 +8,17 @@ diffusers module names.
 
 The PEFT layout has no place for alpha that every loader reads (diffusers refuses alpha keys for
 U-Nets, other tools skip its metadata), so alpha / rank is multiplied into B there and alpha = rank
-holds. Where modules are row blocks of one original module (Flux's qkv), their pairs are joined to
+holds. In PEFT files of other tools alpha is read from where they keep it: diffusers in the file's
+metadata, PEFT itself in the adapter_config.json beside adapter_model.safetensors. Where modules are row blocks of one original module (Flux's qkv), their pairs are joined to
 one of the summed rank: A stacked, B block-diagonal, alpha summed, so that alpha / rank stays.
 """
 
+import json
+import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -43,6 +47,39 @@ _SUFFIXES = {
 _TEXT_ENCODERS = ("lora_te", "text_encoder", "lora_prior_te")
 
 
+class PeftSettings(NamedTuple):
+    """What a PEFT LoraConfig says of the scales. The ranks are those of the tensors."""
+
+    alpha: float
+    alpha_pattern: tuple[tuple[re.Pattern[str], float], ...]
+    """Modules with another alpha; the first pattern that a name fits counts."""
+    rank_stabilised: bool
+    """The scale is alpha / sqrt(rank), https://arxiv.org/abs/2312.03732."""
+
+    def alpha_of(self, module: str, rank: int) -> float:
+        """alpha of a module such that alpha / rank is its scale."""
+        fits = (alpha for pattern, alpha in self.alpha_pattern if pattern.match(module))
+        alpha = next(fits, self.alpha)
+        return alpha * math.sqrt(rank) if self.rank_stabilised else alpha
+
+
+def peft_settings(config: Mapping[str, Any]) -> PeftSettings | None:
+    """From a LoraConfig's dict, or from the metadata of diffusers' pipelines, where each key has the
+    network's name before it. None if it says nothing of this network's adapter."""
+    for prefix in ("unet.", "transformer.", "vae.", ""):
+        if f"{prefix}lora_alpha" in config:
+            others = config.get(f"{prefix}alpha_pattern") or {}
+            return PeftSettings(
+                alpha=float(config[f"{prefix}lora_alpha"]),
+                alpha_pattern=tuple(
+                    (re.compile(rf"(.*\.)?({ending})$"), float(alpha))  # PEFT's own rule
+                    for ending, alpha in others.items()
+                ),
+                rank_stabilised=bool(config.get(f"{prefix}use_rslora")),
+            )
+    return None
+
+
 def lora_tensors(
     lora: Mapping[str, LoraPair], shapes: Shapes, *, layout: Layout, dtype: torch.dtype
 ) -> dict[str, Tensor]:
@@ -68,15 +105,6 @@ def lora_tensors(
     return tensors
 
 
-def detect_layout(keys: Sequence[str]) -> Layout:
-    """The layout most keys are in; kohya and ComfyUI have prefixes of their own."""
-    if any(key.startswith(("lora_unet_", "lora_transformer_")) for key in keys):
-        return "kohya"
-    if any(key.startswith("diffusion_model.") for key in keys):
-        return "comfyui"
-    return "peft"
-
-
 def read_lora(path: Path, shapes: Shapes) -> tuple[dict[str, LoraPair], list[str]]:
     """Reads a LoRA file of any of the layouts for the network with `shapes`.
 
@@ -88,15 +116,30 @@ def read_lora(path: Path, shapes: Shapes) -> tuple[dict[str, LoraPair], list[str
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}
+            metadata = file.metadata() or {}
+        beside = path.with_name("adapter_config.json")
+        if "lora_adapter_metadata" in metadata:
+            settings = peft_settings(json.loads(metadata["lora_adapter_metadata"]))
+        elif path.name == "adapter_model.safetensors" and beside.is_file():
+            settings = peft_settings(json.loads(beside.read_text(encoding="utf-8")))
+        else:
+            settings = None
     except (OSError, SafetensorError) as error:
         raise _refused(path, f"cannot be read ({error}); give a .safetensors LoRA file") from error
-    return parse_lora(tensors, shapes, origin=path)
+    except (ValueError, TypeError, AttributeError, re.error) as error:
+        raise _refused(path, f"has damaged PEFT settings ({error}); write it anew") from error
+    return parse_lora(tensors, shapes, origin=path, settings=settings)
 
 
 def parse_lora(
-    tensors: Mapping[str, Tensor], shapes: Shapes, *, origin: Path
+    tensors: Mapping[str, Tensor],
+    shapes: Shapes,
+    *,
+    origin: Path,
+    settings: PeftSettings | None = None,
 ) -> tuple[dict[str, LoraPair], list[str]]:
-    """`read_lora` from tensors in memory; `origin` is named in errors."""
+    """`read_lora` from tensors in memory; `origin` is named in errors. Alpha is that of the pair's
+    own key, else of `settings`, else the rank."""
     places = original_places(shapes)
     groups = fused_modules(places)
     index = _key_index(shapes, places)
@@ -123,7 +166,11 @@ def parse_lora(
     for (is_original, name), parts in found.items():
         if "A" not in parts or "B" not in parts:
             raise _refused(origin, f"has only one half of the pair of {name}; the file is damaged")
-        alpha = float(parts["alpha"]) if "alpha" in parts else float(parts["A"].shape[0])
+        rank = parts["A"].shape[0]
+        if "alpha" in parts:
+            alpha = float(parts["alpha"])
+        else:
+            alpha = float(rank) if settings is None else settings.alpha_of(name, rank)
         pair = LoraPair(parts["A"], parts["B"], alpha)
         if is_original:
             lora |= _from_original(pair, groups[name], places, shapes, origin)

@@ -152,14 +152,6 @@ def adapted_modules(model: nn.Module) -> dict[str, _Adapted]:
     return {name: m for name, m in model.named_modules() if isinstance(m, _Adapted)}
 
 
-def lora_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The trainable parameters: "<module>.lora_A" and "<module>.lora_B"."""
-    found: dict[str, nn.Parameter] = {}
-    for name, module in adapted_modules(model).items():
-        found |= {f"{name}.lora_A": module.lora_A, f"{name}.lora_B": module.lora_B}
-    return found
-
-
 def lora_state(model: nn.Module) -> dict[str, LoraPair]:
     """The adapter of a model, by module name; shares memory with the parameters."""
     return {
@@ -169,7 +161,7 @@ def lora_state(model: nn.Module) -> dict[str, LoraPair]:
 
 
 def lora_from_parameters(parameters: Mapping[str, Tensor], *, alpha: float) -> dict[str, LoraPair]:
-    """The same from saved tensors named as by `lora_parameters`."""
+    """The same from saved parameters, "<module>.lora_A" and "<module>.lora_B"."""
     modules = [key.removesuffix(".lora_A") for key in parameters if key.endswith(".lora_A")]
     return {
         name: LoraPair(parameters[f"{name}.lora_A"], parameters[f"{name}.lora_B"], alpha)

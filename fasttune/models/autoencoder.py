@@ -137,18 +137,11 @@ AUTOENCODER = ModelSpec(
     merge_text=lambda parts: {},
     empty_caption_is_zero=False,
     latent_multiple=downscale,
-    blocks=(
-        "encoder.down_blocks.[0-9]",
-        "encoder.mid_block",
-        "decoder.mid_block",
-        "decoder.up_blocks.[0-9]",
-    ),
     adapter_targets={
         "attention": ("*.to_q", "*.to_k", "*.to_v", "*.to_out.0"),
         "all-linear": ("*.to_q", "*.to_k", "*.to_v", "*.to_out.0", "*.conv1", "*.conv2"),
     },
     timestep_sampling="uniform",
-    shift="none",
     has_guidance=False,
 )
 

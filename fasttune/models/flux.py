@@ -385,13 +385,11 @@ FLUX = ModelSpec(
     merge_text=merge_flux,
     empty_caption_is_zero=False,
     latent_multiple=lambda config: PACK,
-    blocks=("transformer_blocks.*", "single_transformer_blocks.*"),
     adapter_targets={
         "attention": _ATTENTION,
         # every Linear of the blocks, modulation included; not the embedders and the output
         "all-linear": ("transformer_blocks.*", "single_transformer_blocks.*"),
     },
     timestep_sampling="logit_normal",
-    shift="resolution",
     has_guidance=True,
 )

@@ -6,7 +6,6 @@ class lacks a field.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
@@ -62,19 +61,11 @@ class ModelSpec:
     """Caption dropout and an absent negative prompt use zeros instead of encoding ""."""
     latent_multiple: Callable[[Mapping[str, Any]], int]
     """Heights and widths of latents must be multiples of this (config.json)."""
-    blocks: tuple[str, ...]
-    """fnmatch patterns of module names that are repeated blocks: the unit of recomputation."""
     adapter_targets: Mapping[str, tuple[str, ...]]
     """Presets: name -> fnmatch patterns over names of Linear (and Conv2d) modules."""
     timestep_sampling: Literal["uniform", "logit_normal"]
-    shift: Literal["none", "resolution"] | float
     has_guidance: bool
     """Guidance-distilled: the guidance scale is an input, not two forwards."""
-
-
-def component(folder: Path, name: str) -> Path:
-    """Path of a sub-folder of a diffusers layout."""
-    return folder / name
 
 
 def cast_conditions(conditions: Conditions, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -67,11 +67,6 @@ def _latent_multiple(config: Mapping[str, Any]) -> int:
     return 2 ** (len(config["block_out_channels"]) - 1)
 
 
-_BLOCKS = (
-    "*.resnets.[0-9]",
-    "*.transformer_blocks.[0-9]",
-    "*.transformer_blocks.[0-9][0-9]",
-)
 _ATTENTION = ("*.to_q", "*.to_k", "*.to_v", "*.to_out.0")
 _TARGETS = {
     "attention": _ATTENTION,
@@ -91,10 +86,8 @@ SD1 = ModelSpec(
     merge_text=merge_clip,
     empty_caption_is_zero=False,
     latent_multiple=_latent_multiple,
-    blocks=_BLOCKS,
     adapter_targets=_TARGETS,
     timestep_sampling="uniform",
-    shift="none",
     has_guidance=False,
 )
 
@@ -110,10 +103,8 @@ SD2 = ModelSpec(
     merge_text=merge_clip,
     empty_caption_is_zero=False,
     latent_multiple=_latent_multiple,
-    blocks=_BLOCKS,
     adapter_targets=_TARGETS,
     timestep_sampling="uniform",
-    shift="none",
     has_guidance=False,
 )
 
@@ -129,9 +120,7 @@ SDXL = ModelSpec(
     merge_text=merge_sdxl,
     empty_caption_is_zero=True,
     latent_multiple=_latent_multiple,
-    blocks=_BLOCKS,
     adapter_targets=_TARGETS,
     timestep_sampling="uniform",
-    shift="none",
     has_guidance=False,
 )

@@ -40,15 +40,24 @@ def chunks(
             key = (p.device, p.dtype, p.shape if same_shape else None)
             groups.setdefault(key, []).append(p)
     for group in groups.values():
-        most = limit or (CPU_LIMIT if group[0].device.type == "cpu" else GPU_LIMIT)
-        chunk: list[nn.Parameter] = []
-        elements = 0
-        for p in group:
-            if chunk and elements + p.numel() > most:
-                yield chunk
-                chunk, elements = [], 0
-            chunk.append(p)
-            elements += p.numel()
+        yield from bounded(group, limit=limit)
+
+
+def bounded(
+    params: Sequence[nn.Parameter], *, limit: int | None = None
+) -> Iterator[list[nn.Parameter]]:
+    """`params` in their order, in lists of `limit` elements at most (by device); a
+    larger parameter is alone."""
+    chunk: list[nn.Parameter] = []
+    elements = 0
+    for p in params:
+        most = limit or (CPU_LIMIT if p.device.type == "cpu" else GPU_LIMIT)
+        if chunk and elements + p.numel() > most:
+            yield chunk
+            chunk, elements = [], 0
+        chunk.append(p)
+        elements += p.numel()
+    if chunk:
         yield chunk
 
 

@@ -7,10 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from fasttune.errors import CheckpointError
+from fasttune.optim.chunks import bounded, float32
 
 
 class Ema:
-    """Averages of named parameters, kept in float32 on their device (4 bytes a weight).
+    """Averages of named parameters, kept in float32 on the parameters' device: 4 bytes of its memory
+    a weight, whatever the dtype of the weights.
 
     float32, because a bf16 average with decay 0.9999 would never move: its updates are smaller
     than half a unit in the last place. Works on whatever is trained, a LoRA or the whole network.
@@ -25,15 +27,17 @@ class Ema:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """After optimizer update number `step` (from 1): two kernels at most, no host sync.
+        """After optimizer update number `step` (from 1): few kernels, no host sync; 16-bit weights
+        are widened a chunk at a time.
 
         The decay is min(decay, (1 + step) / (10 + step)), so that the random start is forgotten.
         """
         decay = min(self.decay, (1 + step) / (10 + step))
-        weights: list[Tensor] = [p.detach() for p in self.params]
-        if any(p.dtype != torch.float32 for p in weights):
-            weights = [p.float() for p in weights]
-        torch._foreach_lerp_(self.shadow, weights, 1 - decay)
+        begin = 0
+        for params in bounded(self.params):
+            shadow = self.shadow[begin : begin + len(params)]
+            torch._foreach_lerp_(shadow, float32(p.detach() for p in params), 1 - decay)
+            begin += len(params)
 
     @contextmanager
     def swapped(self) -> Iterator[None]:

@@ -14,13 +14,14 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from diffusers.loaders.lora_conversion_utils import _convert_kohya_flux_lora_to_diffusers
+from diffusers.training_utils import _collate_lora_metadata
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fasttune.adapters.formats import (
     LAYOUTS,
     Layout,
-    detect_layout,
     load_lora,
     lora_tensors,
     parse_lora,
@@ -29,7 +30,6 @@ from fasttune.adapters.formats import (
 from fasttune.adapters.lora import (
     LoraPair,
     apply_lora,
-    lora_parameters,
     lora_state,
     module_shapes,
 )
@@ -82,8 +82,9 @@ def sdxl_shapes() -> dict[str, tuple[int, ...]]:
 def randomize(model: nn.Module, std: float = 0.3) -> None:
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
-        for parameter in lora_parameters(model).values():
-            parameter.copy_(std * torch.randn(parameter.shape, generator=generator))
+        for pair in lora_state(model).values():
+            for half in (pair.A, pair.B):
+                half.copy_(std * torch.randn(half.shape, generator=generator))
 
 
 def random_lora(
@@ -395,12 +396,75 @@ def load_network(request: pytest.FixtureRequest) -> Callable[[str], nn.Module]:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_detects_the_layout(layout: Layout, load_network: Callable[[str], nn.Module]) -> None:
+def test_dtype_and_alphas(layout: Layout, load_network: Callable[[str], nn.Module]) -> None:
     shapes = module_shapes(load_network("flux"))
     tensors = lora_tensors(random_lora(shapes), shapes, layout=layout, dtype=torch.bfloat16)
-    assert detect_layout(list(tensors)) == layout
     assert {t.dtype for k, t in tensors.items() if not k.endswith(".alpha")} == {torch.bfloat16}
     assert any(k.endswith(".alpha") for k in tensors) == (layout != "peft")
+
+
+@pytest.mark.parametrize("family", ["sdxl", "flux"])
+@pytest.mark.parametrize("kind", ["alpha", "pattern", "rank_stabilised"])
+def test_alpha_in_the_metadata_of_diffusers(
+    family: str, kind: str, open_pipeline: Callable[[str], DiffusionPipeline], tmp_path: Path
+) -> None:
+    """Trained by PEFT, written by diffusers, with alpha other than the rank: our network with the
+    file read back does what theirs does."""
+    pipeline = open_pipeline(family)
+    prefix = "transformer" if family == "flux" else "unet"
+    network = getattr(pipeline, prefix)
+    unadapted = pipeline_output(pipeline)
+    settings = {
+        "alpha": {},
+        "pattern": {"alpha_pattern": {"attn1?.to_q": 2.0}},
+        "rank_stabilised": {"use_rslora": True},
+    }[kind]
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=["to_q", "to_v"], **settings)
+    network.add_adapter(config)
+    generator = torch.Generator().manual_seed(7)
+    for name, parameter in network.named_parameters():
+        if ".lora_" in name:
+            parameter.data = 0.3 * torch.randn(parameter.shape, generator=generator)
+    expected = pipeline_output(pipeline)
+    type(pipeline).save_lora_weights(
+        tmp_path,
+        **{f"{prefix}_lora_layers": get_peft_model_state_dict(network)},
+        **{
+            f"{prefix}_lora_adapter_metadata": _collate_lora_metadata({prefix: network})[
+                f"{prefix}_lora_adapter_metadata"
+            ]
+        },
+    )
+    ours = our_network(family, Path(pipeline.config._name_or_path)).eval()
+    apply_lora(ours, targets=("*.to_q", "*.to_v"), rank=4, alpha=4.0)
+    load_lora(ours, tmp_path / "pytorch_lora_weights.safetensors")
+    assert_equals(our_output(family, ours, network.config), expected, unadapted)
+
+
+def test_alpha_in_adapter_config_of_peft(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(6, 5))
+    theirs = get_peft_model(model, LoraConfig(r=2, lora_alpha=6, target_modules=["0"]))
+    layer = theirs.base_model.model[0]
+    layer.lora_B["default"].weight.data.normal_()
+    theirs.save_pretrained(tmp_path)
+    lora, _ = read_lora(tmp_path / "adapter_model.safetensors", {"0": (5, 6)})
+    torch.testing.assert_close(delta(lora["0"]).float(), layer.get_delta_weight("default"))
+
+
+def test_damaged_metadata_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "lora.safetensors"
+    tensors = {"unet.0.lora_A.weight": torch.ones(2, 6), "unet.0.lora_B.weight": torch.ones(5, 2)}
+    for text in (
+        "{",
+        '{"unet.lora_alpha": "much"}',
+        '{"unet.lora_alpha": null}',
+        '{"unet.lora_alpha": 1, "unet.alpha_pattern": {"(": 2}}',
+    ):
+        save_file(tensors, path, {"lora_adapter_metadata": text})
+        with pytest.raises(ConfigError, match=r"lora\.safetensors has damaged PEFT settings"):
+            read_lora(path, {"0": (5, 6)})
+    save_file(tensors, path, {"lora_adapter_metadata": '{"text_encoder.lora_alpha": 9}'})
+    assert read_lora(path, {"0": (5, 6)})[0]["0"].alpha == 2.0  # said of another network
 
 
 def test_a_dense_pair_on_a_joined_module(load_network: Callable[[str], nn.Module]) -> None:

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from fasttune.adapters.lora import (
     LoraPair,
+    adapted_modules,
     apply_lora,
     lora_from_parameters,
-    lora_parameters,
     lora_state,
     module_shapes,
     set_lora_,
@@ -38,10 +38,14 @@ class Net(nn.Module):
         return self.head(x.movedim(1, -1))
 
 
+def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in model.named_parameters() if ".lora_" in name}
+
+
 def randomize(model: nn.Module, seed: int = 1) -> None:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for parameter in lora_parameters(model).values():
+        for parameter in adapter_parameters(model).values():
             parameter.copy_(torch.randn(parameter.shape, generator=generator))
 
 
@@ -73,7 +77,7 @@ def test_gradients_equal_those_of_the_formula() -> None:
     layer = nn.Sequential(nn.Linear(5, 3)).double()
     apply_lora(layer, targets=("0",), rank=2, alpha=5.0)
     randomize(layer)
-    parameters = lora_parameters(layer)
+    parameters = adapter_parameters(layer)
     x = torch.randn(7, 5, dtype=torch.float64)
     layer(x).square().sum().backward()
     A = parameters["0.lora_A"].detach().double().requires_grad_()
@@ -92,7 +96,9 @@ def test_only_the_adapter_trains_and_base_keys_stay() -> None:
     weight = model.head.weight
     apply_lora(model, targets=("head", "blocks.*"), rank=2, alpha=2.0)
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
-    assert trained == set(lora_parameters(model))
+    assert trained == {
+        f"{name}.lora_{half}" for name in ("head", "blocks.0.0", "blocks.1.0") for half in "AB"
+    }
     after = model.state_dict()
     assert set(after) == set(before) | trained
     assert all(after[key] is not None and torch.equal(after[key], before[key]) for key in before)
@@ -122,7 +128,7 @@ def test_parameters_are_float32_under_a_bfloat16_base() -> None:
     model = Net(torch.bfloat16)
     apply_lora(model, targets=("*",), rank=2, alpha=2.0)
     randomize(model)
-    assert {p.dtype for p in lora_parameters(model).values()} == {torch.float32}
+    assert {p.dtype for p in adapter_parameters(model).values()} == {torch.float32}
     assert model(torch.randn(1, 3, 8, 8, dtype=torch.bfloat16)).dtype == torch.bfloat16
 
 
@@ -147,7 +153,7 @@ def test_on_meta() -> None:
         model = Net()
     assert module_shapes(model)["stem"] == (6, 3, 3, 3)
     apply_lora(model, targets=("*",), rank=2, alpha=2.0)
-    parameters = lora_parameters(model)
+    parameters = adapter_parameters(model)
     assert all(p.is_meta for p in parameters.values())
     assert parameters["stem.lora_A"].shape == (2, 3, 3, 3)
     assert parameters["stem.lora_B"].shape == (6, 2, 1, 1)
@@ -168,7 +174,7 @@ def test_a_pattern_without_a_match_is_named(target: str, said: str) -> None:
         apply_lora(model, targets=("head", target), rank=2, alpha=2.0)
     assert len(caught.value.problems) == 1
     assert f'"{target}"' in str(caught.value) and said in str(caught.value)
-    assert not lora_parameters(model)  # refused before anything is changed
+    assert not adapted_modules(model)  # refused before anything is changed
     assert model.head.weight.requires_grad
 
 
@@ -189,7 +195,7 @@ def test_state_from_parameters() -> None:
     model = Net()
     apply_lora(model, targets=("*",), rank=2, alpha=3.0)
     randomize(model)
-    saved = {k: v.detach().clone() for k, v in lora_parameters(model).items()}
+    saved = {k: v.detach().clone() for k, v in adapter_parameters(model).items()}
     state = lora_from_parameters(saved, alpha=3.0)
     assert list(state) == list(lora_state(model))
     for name, pair in lora_state(model).items():

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from fasttune.errors import CheckpointError
+from fasttune.optim import chunks
 from fasttune.optim.ema import Ema
 from fasttune.seeds import generator_for
 
@@ -35,6 +36,28 @@ def test_average_follows_the_recurrence(dtype: torch.dtype) -> None:
     for shadow, expected in zip(ema.shadow, truth, strict=True):
         assert shadow.dtype == torch.float32
         torch.testing.assert_close(shadow.double(), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_16_bit_weights_are_widened_in_bounded_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chunks, "CPU_LIMIT", 100)
+    named = [
+        (f"{i}", nn.Parameter(torch.full((n,), i, dtype=torch.bfloat16)))
+        for i, n in enumerate((60, 30, 60, 150, 10, 90, 1))
+    ]
+    ema = Ema(named, decay=0.5)
+    for _, p in named:
+        p.data.add_(1.0)
+    widened, lerp = [], torch._foreach_lerp_
+
+    def watched(shadow: list[torch.Tensor], weights: list[torch.Tensor], weight: float) -> None:
+        widened.append(sum(w.numel() for w in weights))
+        lerp(shadow, weights, weight)
+
+    monkeypatch.setattr(torch, "_foreach_lerp_", watched)
+    ema.update(100)
+    assert widened == [90, 60, 150, 100, 1]  # a larger one alone
+    for i, shadow in enumerate(ema.shadow):
+        assert torch.equal(shadow, torch.full_like(shadow, i + 0.5))
 
 
 def test_a_bf16_weight_still_moves_its_average() -> None:
