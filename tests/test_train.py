@@ -166,10 +166,24 @@ def test_stopping_in_the_middle_and_resuming_changes_nothing(run, tmp_path, monk
     assert_same_end(whole, part)
 
 
-def start(path, keys, *more):
+DIES_WRITING_STEP_8 = """
+import os, signal, sys
+import fasttune.checkpoint, fasttune.cli
+write = fasttune.checkpoint.write_tensors
+def dies(path, *args, **kwargs):
+    if path.parent.name.startswith(".step-000008") and path.name.startswith("optimizer"):
+        path.write_bytes(b"half a file")
+        os.kill(os.getpid(), signal.SIGKILL)
+    write(path, *args, **kwargs)
+fasttune.checkpoint.write_tensors = dies
+sys.exit(fasttune.cli.main(sys.argv[1:]))
+"""
+
+
+def start(path, keys, *more, program=("-m", "fasttune")):
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        [sys.executable, "-m", "fasttune", "train", str(path), *keys, *more],
+        [sys.executable, *program, "train", str(path), *keys, *more],
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -199,19 +213,22 @@ def test_sigkill_at_any_moment_then_resume_ends_with_the_same_weights(write_conf
         found = list_checkpoints(folder)
         return int(found[-1].name[5:]) if found else 0
 
-    def writing():
-        return newest() >= 8 and any(folder.glob(".step-*.tmp-*"))
-
-    kills = 0
-    for done in (lambda: newest() >= 3, writing, lambda: newest() >= 18):
-        resume = ["--resume", "latest"] if kills else []
-        process = start(path, keys, *resume)
-        wait_for(process, done)
+    def kill(process, when):
+        wait_for(process, when)
         process.send_signal(signal.SIGKILL)
         output, _ = process.communicate()
         assert process.returncode == -signal.SIGKILL, output
-        kills += 1
-        assert 0 < newest() < 30
+
+    kill(start(path, keys), lambda: newest() >= 3)
+    assert 3 <= newest() < 8
+    process = start(path, keys, "--resume", "latest", program=("-c", DIES_WRITING_STEP_8))
+    output, _ = process.communicate()
+    assert process.returncode == -signal.SIGKILL, output
+    (left,) = folder.glob(".step-000008.tmp-*")
+    assert (left / "optimizer.safetensors").read_bytes() == b"half a file"
+    assert (left / "trainable.safetensors").is_file() and newest() == 7
+    kill(start(path, keys, "--resume", "latest"), lambda: newest() >= 18)
+    assert 18 <= newest() < 30 and not left.exists()
     process = start(path, keys, "--resume", "latest")
     output, _ = process.communicate()
     assert process.returncode == 0, output
