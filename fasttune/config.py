@@ -106,7 +106,8 @@ class Data:
     repeats: int = 1
     """Times each image occurs in an epoch; with random crops each repeat has its own crop."""
     held_out: float = 0.0
-    """Fraction of the images, chosen by path, kept out of training for the held-out loss."""
+    """Fraction of the images, chosen by path, kept out of training for the held-out loss; above 0
+    at least one of two or more. What one source holds out no other trains on."""
     on_bad_file: Literal["skip", "fail"] = "skip"
     """What to do about a file that cannot be read; skipped files are listed in the run folder."""
 
@@ -120,7 +121,8 @@ class Cache:
     latents: Literal["moments", "sample"] = "moments"
     """moments keeps mean and std, so each epoch draws anew; sample keeps one draw, half the size."""
     text_storage: Literal["auto", "fp32", "bf16", "int8"] = "auto"
-    """Storage of text embeddings; int8 has one scale a token. auto: the compute dtype."""
+    """Storage of text embeddings. auto: the compute dtype. int8: half of bf16, one scale for 64
+    elements; error 0.6 % of the RMS, but 45 % for elements beside an outlier channel."""
     batch_size: int = 4
     """Images or captions encoded at once."""
     workers: int = 0

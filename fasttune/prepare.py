@@ -5,12 +5,14 @@ the next. While one encodes, threads decode the images ahead. The cache is whole
 whatever stops this, the next start goes on from the last shard.
 """
 
+import contextlib
 import dataclasses
 import json
 import logging
 import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,18 +20,29 @@ from pathlib import Path
 import PIL
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from fasttune.config import Config, Data
 from fasttune.data import buckets as aspect
-from fasttune.data.cache import Cache, folder_identity, make_key
-from fasttune.data.encode import EncodeImages, Encoders, encode_images, encode_text, text_key
+from fasttune.data.cache import Cache, make_key
+from fasttune.data.encode import (
+    EncodeImages,
+    Encoders,
+    encode_images,
+    encode_text,
+    latents_bytes,
+    text_key,
+)
+from fasttune.data.identity import folder_identity
 from fasttune.data.images import ENCODING_VERSION, BadImageError
 from fasttune.data.loader import CachedSample, Reader
+from fasttune.data.progress import Progress
+from fasttune.data.room import check_room
 from fasttune.data.samples import BadFile, ImageFile, Sample, Scan, scan
-from fasttune.data.summary import Summary, count_samples
+from fasttune.data.split import join_splits
+from fasttune.data.storage import INT8_GROUP
+from fasttune.data.summary import Summary, count_samples, truncated_captions, warn_of_visits
 from fasttune.device import place, short
-from fasttune.errors import DatasetError
+from fasttune.errors import DatasetError, StorageError
 from fasttune.models import MODELS
 from fasttune.models.autoencoder import downscale, encode_moments, load_autoencoder
 from fasttune.models.weights import component_patterns, read_config, resolve_model
@@ -93,16 +106,27 @@ def open_model(config: Config) -> Model:
     storage = config.cache.text_storage
     openers = spec.open_text_encoders(folder, device, compute)
     text_files = ("text_encoder*", "tokenizer*", f"{spec.denoiser_folder}/config.json")
+    # The cache remembers the hashes of files that are long to read.
+    with Cache(config.cache.dir) as cache:
+        image_identity, text_identity = "pixels", ""
+        if not pixels:
+            image_identity = folder_identity(folder, ("vae",), "fp32", cache=cache)
+        if openers:
+            parts = (spec.family, short(compute))
+            text_identity = folder_identity(folder, text_files, *parts, cache=cache)
+    latents_per_pixel = 3.0
+    if not pixels:
+        vae_config = read_config(folder, "vae")
+        latents_per_pixel = vae_config.get("latent_channels", 4) / downscale(vae_config) ** 2
     encoders = Encoders(
-        image_identity="pixels" if pixels else folder_identity(folder, ("vae",), "fp32"),
-        text_identity=(
-            folder_identity(folder, text_files, spec.family, short(compute)) if openers else ""
-        ),
+        image_identity=image_identity,
+        text_identity=text_identity,
         open_autoencoder=None if pixels else open_autoencoder,
         open_text=tuple(openers),
         merge_text=spec.merge_text,
         empty_caption_is_zero=spec.empty_caption_is_zero,
         text_storage=short(compute) if storage == "auto" else storage,  # type: ignore[arg-type]
+        latents_per_pixel=latents_per_pixel,
     )
     multiple = latent_multiple * (1 if pixels else downscale(read_config(folder, "vae")))
     return Model(folder=folder, multiple=multiple, encoders=encoders)
@@ -122,42 +146,67 @@ def prepare(
     encoders = model.encoders
     hidden = not (sys.stderr.isatty() if progress is None else progress)
     workers = config.cache.workers or os.cpu_count() or 1
+    batch_size = config.cache.batch_size
     cache = Cache(config.cache.dir)
+    listing = cache.folder / "bad_files.json"
+    bad_files: list[BadFile] = []
+    warnings: list[BadFile] = []
     try:
         sources = _sources(config)
-        scans = _scan_all(sources, cache, workers, hidden)
+        scans: list[Scan] = []
+        for found in _scan_all(sources, len(config.data), cache, workers, hidden):
+            scans.append(found)
+            bad_files = list(dict.fromkeys([*bad_files, *found.bad_files]))
+            warnings = list(dict.fromkeys([*warnings, *found.warnings]))
+        _write_list(listing, bad_files, warnings)
+        scans, num_dropped = join_splits(scans, config.validation.held_out_path)
+        if num_dropped:
+            log.info(
+                "%d images of the sources lie in validation.held_out_path and are not trained on",
+                num_dropped,
+            )
         samples = [
             cached
             for source, found in zip(sources, scans, strict=True)
             for cached in _plan_source(source, found.samples, config.run.seed, model.multiple)
         ]
-        bad_files = [bad for found in scans for bad in found.bad_files]
-        _stop_if_unusable(config, sources, bad_files, samples)
+        _stop_if_unusable(config, sources, bad_files, samples, listing, num_dropped)
 
+        stored = encoders.text_storage
+        stored_name = f"int8x{INT8_GROUP}" if stored == "int8" else stored
         texts = [
-            cache.space("text", f"{encoders.text_identity}-{number}-{encoders.text_storage}")
+            cache.space("text", f"{encoders.text_identity}-{number}-{stored_name}")
             for number in range(len(encoders.open_text))
         ]
-        prompts = [*config.validation.prompts, config.validation.negative_prompt]
-        captions = ["", *(p.strip() for p in prompts), *(s.sample.caption for s in samples)]
-        num_captions = encode_text(
-            list(dict.fromkeys(captions)), texts, encoders, config.cache.batch_size, hidden
-        )
         storage = "pixels" if encoders.open_autoencoder is None else config.cache.latents
         space = cache.space(
             "latents", f"{encoders.image_identity}-{ENCODING_VERSION}-{storage}-fp16"
         )
+        to_write = latents_bytes(samples, space, encoders, storage)
+        if to_write:
+            check_room(cache.folder, {"latents": to_write})
+        prompts = [*config.validation.prompts, config.validation.negative_prompt]
+        captions = ["", *(p.strip() for p in prompts), *(s.sample.caption for s in samples)]
+        num_captions = encode_text(
+            list(dict.fromkeys(captions)), texts, encoders, batch_size, hidden, to_write
+        )
         num_images, failures = encode_images(
-            samples, space, encoders, storage, config.cache.batch_size, workers, hidden
+            samples, space, encoders, storage, batch_size, workers, hidden
         )
         _remember(cache, failures)
         failed = [BadFile(error.path, error.reason) for _, error in failures]
         gone = {file.path for file in failed}
         samples = [cached for cached in samples if cached.sample.path not in gone]
-        _stop_if_unusable(config, sources, failed, samples, bad_files)
-        bad_files += failed
-        warnings = [warning for found in scans for warning in found.warnings]
-    except BaseException:
+        unused = tuple(warnings)
+        truncated = truncated_captions(samples, texts)
+        warnings += truncated
+        earlier, bad_files = bad_files, [*bad_files, *failed]
+        _write_list(listing, bad_files, warnings)
+        _stop_if_unusable(config, sources, failed, samples, listing, num_dropped, earlier)
+    except BaseException as error:
+        if isinstance(error, DatasetError) and (bad_files or warnings):  # in the scan, perhaps
+            with contextlib.suppress(StorageError):  # the reason to stop matters more
+                _write_list(listing, bad_files, warnings)
         cache.close()
         raise
     summary = Summary(
@@ -165,15 +214,20 @@ def prepare(
             (source.path, len({c.sample.path for c in samples if c.sample.source == number}))
             for number, source in enumerate(sources)
         ),
-        **count_samples(samples, model.multiple),  # type: ignore[arg-type]
+        **count_samples(samples, model.multiple, config.train.batch_size),  # type: ignore[arg-type]
+        num_truncated=len({file.path for file in truncated}),
+        num_dropped=num_dropped,
+        other_files=dict(sum((Counter(found.other_files) for found in scans), Counter())),
         bad_files=tuple(bad_files),
-        warnings=tuple(warnings),
+        warnings=unused,
+        bad_files_path=str(listing),
         num_encoded_images=num_images,
         num_encoded_captions=num_captions,
         cache_dir=str(cache.folder),
         seconds=time.perf_counter() - started,
     )
     log.info("%s", summary)
+    warn_of_visits([c for c in samples if not c.sample.held_out], config.train.batch_size)
     reader = Reader(
         latents=space,
         text=tuple(texts),
@@ -194,10 +248,14 @@ def prepare(
 
 
 def write_bad_files(path: Path, prepared: Prepared) -> None:
-    """JSON with the skipped files and the captions that fit no image, each with its reason."""
+    """JSON with the skipped files, and the captions that are cut or fit no image, with reasons."""
+    _write_list(path, prepared.bad_files, prepared.warnings)
+
+
+def _write_list(path: Path, bad_files: Sequence[BadFile], warnings: Sequence[BadFile]) -> None:
     content = {
-        "bad_files": [dataclasses.asdict(file) for file in prepared.bad_files],
-        "warnings": [dataclasses.asdict(file) for file in prepared.warnings],
+        "bad_files": [dataclasses.asdict(file) for file in bad_files],
+        "warnings": [dataclasses.asdict(file) for file in warnings],
     }
     write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
@@ -211,14 +269,18 @@ def _sources(config: Config) -> list[Data]:
     return sources
 
 
-def _scan_all(sources: Sequence[Data], cache: Cache, workers: int, hidden: bool) -> list[Scan]:
+def _scan_all(
+    sources: Sequence[Data], num_data: int, cache: Cache, workers: int, hidden: bool
+) -> Iterator[Scan]:
     known = cache.image_files(PIL.__version__)
-    scans = []
+    roots = [os.path.realpath(source.path) for source in sources[:num_data]]
     for number, source in enumerate(sources):
-        with tqdm(desc=f"scan {source.path}", unit="file", disable=hidden, leave=False) as bar:
+        with Progress(f"scan {source.path}", None, "file", hidden=hidden) as bar:
             found = scan(
                 number,
                 source.path,
+                key="data.path" if number < num_data else "validation.held_out_path",
+                roots=roots,
                 captions=source.captions,
                 caption=source.caption,
                 caption_file=source.caption_file,
@@ -232,8 +294,8 @@ def _scan_all(sources: Sequence[Data], cache: Cache, workers: int, hidden: bool)
             )
         if found.measured:
             cache.remember_image_files(found.measured, PIL.__version__)
-        scans.append(found)
-    return scans
+            known.update(found.measured)
+        yield found
 
 
 def _plan_source(
@@ -275,6 +337,8 @@ def _stop_if_unusable(
     sources: Sequence[Data],
     bad_files: Sequence[BadFile],
     samples: Sequence[CachedSample],
+    listing: Path,
+    num_dropped: int,
     earlier: Sequence[BadFile] = (),
 ) -> None:
     if bad_files and any(source.on_bad_file == "fail" for source in config.data):
@@ -286,12 +350,21 @@ def _stop_if_unusable(
             if bad.path.startswith(tuple(roots)):
                 raise DatasetError(
                     f"{bad.path}: {bad.reason}. Mend or remove it, or set "
-                    'data.on_bad_file = "skip" to go on without it'
+                    'data.on_bad_file = "skip" to go on without it. All such files are listed in '
+                    f"{listing}"
                 )
     if any(not cached.sample.held_out for cached in samples):
         return
     paths = ", ".join(source.path for source in config.data)
-    listed = "".join(f"\n  {bad.path}: {bad.reason}" for bad in [*earlier, *bad_files][:10])
+    reasons = [*earlier, *bad_files]
+    listed = "".join(f"\n  {bad.path}: {bad.reason}" for bad in reasons[:10])
+    listed += f"\nAll are listed in {listing}" if len(reasons) > 10 else ""
+    if num_dropped:
+        raise DatasetError(
+            f"{paths}: nothing is left to train on, because {num_dropped} images lie in "
+            f"validation.held_out_path = {config.validation.held_out_path!r}; name a folder of "
+            f"other images, or set data.held_out to a fraction instead{listed}"
+        )
     if samples:
         raise DatasetError(
             f"{paths}: all {len(samples)} usable images are held out; lower data.held_out{listed}"

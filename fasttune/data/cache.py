@@ -6,7 +6,7 @@ filled up; what is lost is the work since the last shard. Shards have unique nam
 processes may fill one cache; at worst both do the same work.
 
 Entries live in spaces. A space is everything one encoder made with one way of storing it; its
-identity is a hash of the model's files (`folder_identity`), dtypes and storage. Keys within it say
+identity is a hash of the model's files (data/identity.py), dtypes and storage. Keys within it say
 which image, at which size and modification time, cropped how, or which caption.
 """
 
@@ -29,7 +29,7 @@ from torch import Tensor
 
 from fasttune.data.samples import ImageFile
 from fasttune.data.storage import tensor_bytes
-from fasttune.errors import DatasetError, ModelError, StorageError
+from fasttune.errors import DatasetError, StorageError
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +53,10 @@ CREATE TABLE IF NOT EXISTS shards (
 CREATE TABLE IF NOT EXISTS entries (
     space INTEGER, key BLOB, shard INTEGER, slot INTEGER, PRIMARY KEY (space, key)) WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS entries_of_shard ON entries (shard);
+CREATE TABLE IF NOT EXISTS remarks (
+    space INTEGER, key BLOB, remark TEXT, PRIMARY KEY (space, key)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS file_hashes (
+    path TEXT PRIMARY KEY, file_size INTEGER, mtime_ns INTEGER, hash BLOB) WITHOUT ROWID;
 """
 
 
@@ -60,38 +64,6 @@ def make_key(*parts: object) -> bytes:
     """16 bytes that differ whenever a part does."""
     text = "\0".join([str(part) for part in parts]).encode(errors="surrogatepass")
     return hashlib.blake2b(text, digest_size=16).digest()
-
-
-def folder_identity(folder: Path, patterns: Sequence[str], *parts: object) -> str:
-    """Hash of a model's files below `folder` and of `parts`, without reading gigabytes.
-
-    Of every file that matches: its relative name, its size, and all of it up to 1 MiB; of larger
-    ones the first 256 KiB (with the safetensors header: names, dtypes and shapes), and 64 pieces
-    of 4 KiB spread evenly up to the very end. Fine-tuning changes all weights, so it changes the
-    pieces. Raises ModelError if nothing matches.
-    """
-    digest = hashlib.blake2b(repr(parts).encode(), digest_size=16)
-    found: set[Path] = set()
-    for pattern in patterns:
-        found |= {path for match in folder.glob(pattern) for path in _files(match)}
-    if not found:
-        raise ModelError(f"{folder} has none of {', '.join(patterns)}; is it a model folder?")
-    for path in sorted(found):
-        size = path.stat().st_size
-        digest.update(f"{path.relative_to(folder).as_posix()}\0{size}\0".encode())
-        with path.open("rb") as file:
-            digest.update(file.read(2**20 if size <= 2**20 else 2**18))
-            for piece in range(64 if size > 2**20 else 0):
-                file.seek((size - 4096) * piece // 63)
-                digest.update(file.read(4096))
-    return digest.hexdigest()
-
-
-def _files(path: Path) -> Iterator[Path]:
-    if path.is_file():
-        yield path
-    elif path.is_dir():
-        yield from (below for below in path.rglob("*") if below.is_file())
 
 
 class Cache:
@@ -112,8 +84,8 @@ class Cache:
                         f"{index} was written by another version of fasttune (format {version}, "
                         f"this one has {SCHEMA_VERSION}); set cache.dir to another folder"
                     )
+                self._index.executescript(_SCHEMA)  # tables of this format that were added later
                 if version == 0:
-                    self._index.executescript(_SCHEMA)
                     self._index.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
             except BaseException:
                 self._index.close()
@@ -147,6 +119,19 @@ class Cache:
         with self._transaction():
             self._index.executemany("INSERT OR REPLACE INTO images VALUES (?,?,?,?,?,?,?)", rows)
 
+    def file_hash(self, path: str, file_size: int, mtime_ns: int) -> bytes | None:
+        """What `remember_file_hash` was told of a file that has not changed since."""
+        query = "SELECT hash FROM file_hashes WHERE path = ? AND file_size = ? AND mtime_ns = ?"
+        with self._storage_errors():
+            row = self._index.execute(query, (path, file_size, mtime_ns)).fetchone()
+        return None if row is None else row[0]
+
+    def remember_file_hash(self, path: str, file_size: int, mtime_ns: int, content: bytes) -> None:
+        """Adds or replaces the hash of a file's content."""
+        values = (path, file_size, mtime_ns, content)
+        with self._transaction():
+            self._index.execute("INSERT OR REPLACE INTO file_hashes VALUES (?,?,?,?)", values)
+
     def space(self, kind: Literal["latents", "text"], identity: str) -> "Space":
         """The space of this identity with all its readable entries.
 
@@ -175,7 +160,9 @@ class Cache:
             query = "SELECT key, shard, slot FROM entries WHERE space = ?"
             rows = self._index.execute(query, (number,))
             entries = {key: (names[shard], slot) for key, shard, slot in rows}
-        return Space(self, kind, number, entries)
+            query = "SELECT key, remark FROM remarks WHERE space = ?"
+            remarks = dict(self._index.execute(query, (number,)).fetchall())
+        return Space(self, kind, number, entries, remarks)
 
     def _is_whole(self, name: str, num_bytes: int) -> bool:
         try:
@@ -209,7 +196,11 @@ class Cache:
             return opened
 
     def _write_shard(
-        self, kind: str, space: int, items: Sequence[tuple[bytes, Mapping[str, Tensor]]]
+        self,
+        kind: str,
+        space: int,
+        items: Sequence[tuple[bytes, Mapping[str, Tensor]]],
+        remarks: Mapping[bytes, str],
     ) -> str:
         name = f"{kind}-{uuid.uuid4().hex[:16]}.safetensors"
         path, beside = self.folder / name, self.folder / f"{name}.tmp"
@@ -239,6 +230,8 @@ class Cache:
                 shard = self._index.execute(query, (space, name, num_bytes)).lastrowid
                 rows = ((space, key, shard, slot) for slot, (key, _) in enumerate(items))
                 self._index.executemany("INSERT OR REPLACE INTO entries VALUES (?,?,?,?)", rows)
+                noted = ((space, key, remark) for key, remark in remarks.items())
+                self._index.executemany("INSERT OR REPLACE INTO remarks VALUES (?,?,?)", noted)
         return name
 
     def _remove_orphans(self) -> None:
@@ -283,12 +276,24 @@ class Space:
     """The entries of one encoder and storage: key -> named tensors."""
 
     def __init__(
-        self, cache: Cache, kind: str, number: int, entries: dict[bytes, tuple[str, int]]
+        self,
+        cache: Cache,
+        kind: str,
+        number: int,
+        entries: dict[bytes, tuple[str, int]],
+        remarks: dict[bytes, str],
     ) -> None:
         self._cache = cache
         self._kind = kind
         self._number = number
         self._entries = entries
+        self.remarks = remarks
+        """What the encoder had to say about entries, by key; few have any."""
+
+    @property
+    def folder(self) -> Path:
+        """Where the entries are written."""
+        return self._cache.folder
 
     def __contains__(self, key: bytes) -> bool:
         return key in self._entries
@@ -313,8 +318,11 @@ class Space:
         """Context in which entries are added; what is pending is written at its end."""
         return ShardWriter(self)
 
-    def _add(self, items: Sequence[tuple[bytes, Mapping[str, Tensor]]]) -> None:
-        name = self._cache._write_shard(self._kind, self._number, items)
+    def _add(
+        self, items: Sequence[tuple[bytes, Mapping[str, Tensor]]], remarks: Mapping[bytes, str]
+    ) -> None:
+        name = self._cache._write_shard(self._kind, self._number, items, remarks)
+        self.remarks.update(remarks)
         self._entries.update({key: (name, slot) for slot, (key, _) in enumerate(items)})
 
 
@@ -327,6 +335,7 @@ class ShardWriter:
     def __init__(self, space: Space) -> None:
         self._space = space
         self._pending: list[tuple[bytes, Mapping[str, Tensor]]] = []
+        self._remarks: dict[bytes, str] = {}
         self._num_bytes = 0
         self._since = 0.0
 
@@ -338,11 +347,16 @@ class ShardWriter:
         if kind is None or not issubclass(kind, StorageError):
             self.flush()
 
-    def add(self, items: Sequence[tuple[bytes, Mapping[str, Tensor]]]) -> None:
-        """Adds a batch of (key, contiguous CPU tensors that share no memory)."""
+    def add(
+        self,
+        items: Sequence[tuple[bytes, Mapping[str, Tensor]]],
+        remarks: Mapping[bytes, str] | None = None,
+    ) -> None:
+        """Adds a batch of (key, contiguous CPU tensors that share no memory), some with a remark."""
         if not self._pending:
             self._since = time.monotonic()
         self._pending += items
+        self._remarks.update(remarks or {})
         self._num_bytes += sum(tensor_bytes(fields.values()) for _, fields in items)
         if (
             len(self._pending) >= SHARD_ITEMS
@@ -354,5 +368,6 @@ class ShardWriter:
     def flush(self) -> None:
         """Writes what is pending as one shard. Raises StorageError."""
         pending, self._pending, self._num_bytes = self._pending, [], 0
+        remarks, self._remarks = self._remarks, {}
         if pending:
-            self._space._add(pending)
+            self._space._add(pending, remarks)

@@ -37,6 +37,7 @@ def read_captions(
     text_names: Iterable[str],
     *,
     captions: CaptionKind,
+    key: str = "data.path",
     caption: str | None = None,
     caption_file: str | None = None,
     image_column: str = "file_name",
@@ -44,8 +45,8 @@ def read_captions(
 ) -> Captions:
     """Captions of the images `names` in `folder`; `text_names` are the .txt files found there.
 
-    Raises DatasetError if the table is missing, lacks a column or is damaged, and if no image
-    at all has a caption.
+    `key` is what messages call the folder. Raises DatasetError if the table is missing, lacks a
+    column or is damaged, and if no image at all has a caption.
     """
     if captions == "constant":
         if caption is None:
@@ -61,8 +62,8 @@ def read_captions(
             '"filename", "constant", "jsonl", "csv" or "parquet"'
         )
     else:
-        path = _table_path(folder, captions, caption_file)
-        rows = _ROWS[captions](path, image_column, caption_column)
+        path = _table_path(folder, captions, caption_file, key)
+        rows = _rows(captions, path, image_column, caption_column)
         found = _from_rows(folder, path, names, rows)
         remedy = (
             f"column {image_column!r} of {path} must hold paths relative to {folder}, such as "
@@ -115,18 +116,21 @@ def _from_text_files(folder: str, names: Sequence[str], text_names: Iterable[str
     return found
 
 
-def _table_path(folder: str, kind: str, caption_file: str | None) -> str:
+def _table_path(folder: str, kind: str, caption_file: str | None, key: str) -> str:
     if caption_file is not None:
         path = os.path.join(folder, caption_file)
         if not os.path.isfile(path):
-            raise DatasetError(f"data.caption_file: {path} does not exist")
+            raise DatasetError(
+                f"{key} = {folder!r}: data.caption_file: {path} does not exist; it is looked for in "
+                "each folder of images"
+            )
         return path
     candidates = [os.path.join(folder, f"{stem}.{kind}") for stem in ("captions", "metadata")]
     for path in candidates:
         if os.path.isfile(path):
             return path
     raise DatasetError(
-        f"{folder}: captions = {kind!r} needs {candidates[0]} or {candidates[1]}; neither exists. "
+        f"{key} = {folder!r}: captions = {kind!r} needs {candidates[0]} or {candidates[1]}; neither exists. "
         "Name another file with data.caption_file"
     )
 
@@ -170,6 +174,17 @@ def _check_columns(path: str, present: Iterable[str], *wanted: str) -> None:
             )
 
 
+def _rows(kind: str, path: str, image_column: str, caption_column: str) -> Iterator[tuple]:
+    """Number, image and caption of each row. Raises DatasetError, whatever goes wrong on the way."""
+    try:
+        yield from _ROWS[kind](path, image_column, caption_column)
+    except OSError as error:
+        raise DatasetError(
+            f"{path} cannot be read ({error.strerror or error}); copy it anew, or name another "
+            "file with data.caption_file"
+        ) from error
+
+
 def _jsonl_rows(path: str, image_column: str, caption_column: str) -> Iterator[tuple]:
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
@@ -199,26 +214,28 @@ def _csv_rows(path: str, image_column: str, caption_column: str) -> Iterator[tup
 
 def _parquet_rows(path: str, image_column: str, caption_column: str) -> Iterator[tuple]:
     try:
-        from pyarrow import ArrowInvalid, parquet
+        from pyarrow import ArrowException, parquet
     except ImportError as error:
         raise DatasetError(
             f"{path}: reading Parquet needs pyarrow; install fasttune[parquet]"
         ) from error
+    wanted = [image_column, caption_column]
+    number = 0
     try:
-        file = parquet.ParquetFile(path)
-    except (ArrowInvalid, OSError) as error:
-        raise DatasetError(f"{path} is no Parquet file: {error}") from error
-    with file:
-        _check_columns(path, file.schema_arrow.names, image_column, caption_column)
-        number = 0
-        for batch in file.iter_batches(columns=[image_column, caption_column]):
-            columns = (
-                batch.column(image_column).to_pylist(),
-                batch.column(caption_column).to_pylist(),
-            )
-            for image, text in zip(*columns, strict=True):
-                number += 1
-                yield number, image, text
+        with parquet.ParquetFile(path) as file:
+            _check_columns(path, file.schema_arrow.names, *wanted)
+            for batch in file.iter_batches(columns=wanted):
+                columns = (batch.column(name).to_pylist() for name in wanted)
+                for image, text in zip(*columns, strict=True):
+                    number += 1
+                    yield number, image, text
+    except DatasetError:
+        raise
+    except (ArrowException, OSError, ValueError) as error:  # ValueError: text that is not UTF-8
+        raise DatasetError(
+            f"{path} is no Parquet file or damaged after row {number} ({error}); copy or write it "
+            "anew, or name another file with data.caption_file"
+        ) from error
 
 
 _ROWS = {"jsonl": _jsonl_rows, "csv": _csv_rows, "parquet": _parquet_rows}

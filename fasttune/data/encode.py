@@ -7,28 +7,30 @@ autoencoder works, threads decode the images ahead of it.
 import gc
 import logging
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from fasttune.data.budget import PixelBudget
 from fasttune.data.cache import Space, make_key
 from fasttune.data.images import BadImageError, crop_and_resize, load_image
 from fasttune.data.loader import CachedSample, MergeText
+from fasttune.data.progress import Progress
+from fasttune.data.room import check_room
 from fasttune.data.samples import Sample
-from fasttune.data.storage import Storage, pack, split
+from fasttune.data.storage import Storage, pack, split, tensor_bytes
 from fasttune.errors import HardwareError, ModelError
 from fasttune.seeds import generator_for
 
 log = logging.getLogger(__name__)
 
 EncodeText = Callable[[list[str]], dict[str, Tensor]]
-"""Captions -> tensors, batch first."""
+"""Captions -> tensors, batch first. It may have `truncated`, a dict of the captions that its last call
+cut and what it says about each, which is kept in the cache."""
 EncodeImages = Callable[[Tensor], tuple[Tensor, Tensor]]
 """Images (B, 3, H, W) uint8 -> mean and std (B, C, h, w)."""
 
@@ -45,6 +47,8 @@ class Encoders:
     merge_text: MergeText
     empty_caption_is_zero: bool
     text_storage: Storage
+    latents_per_pixel: float | None = None
+    """Values that the autoencoder's mean has per pixel, if known before it is opened."""
 
 
 def text_key(caption: str) -> bytes:
@@ -58,8 +62,13 @@ def encode_text(
     encoders: Encoders,
     batch_size: int,
     hidden: bool,
+    latents_bytes: float = 0.0,
 ) -> int:
-    """Encodes missing captions with each text encoder in turn; how many lacked something."""
+    """Encodes missing captions with each text encoder in turn; how many lacked something.
+
+    `latents_bytes` are to be written later. Raises StorageError after an encoder's first batch if
+    what is left to write does not fit the disk.
+    """
     keys = {text_key(caption): caption for caption in captions}
     encoded: set[bytes] = set()
     for number, (space, opener) in enumerate(zip(spaces, encoders.open_text, strict=True)):
@@ -69,15 +78,21 @@ def encode_text(
         encoded |= missing
         label = f"text encoder {number + 1} of {len(spaces)}"
         log.info("%s: %d captions to encode", label, len(missing))
-        with _freed(), tqdm(total=len(missing), desc=label, unit="caption", disable=hidden) as bar:
+        with _freed(), Progress(label, len(missing), "caption", hidden=hidden) as bar:
             encode = opener()
             with space.writer() as writer:
                 for chunk in _chunks(list(keys), missing, batch_size):
-                    with _out_of_memory():
+                    with _out_of_memory("lower cache.batch_size"):
                         tensors = encode([keys[key] for key in chunk])
                     rows = split(pack(tensors, encoders.text_storage))
                     _check_finite(tensors.values(), [keys[key] for key in chunk])
-                    writer.add(list(zip(chunk, rows, strict=True)))
+                    if bar.count == 0:
+                        text_bytes = len(missing) * tensor_bytes(rows[0].values())
+                        needed = {"text embeddings": text_bytes, "latents": latents_bytes}
+                        check_room(space.folder, needed)
+                    truncated: Mapping[str, str] = getattr(encode, "truncated", {})
+                    remarks = {text_key(caption): what for caption, what in truncated.items()}
+                    writer.add(list(zip(chunk, rows, strict=True)), remarks)
                     bar.update(len(chunk))
             del encode
     return len(encoded)
@@ -95,6 +110,19 @@ def _chunks(keys: Sequence[bytes], missing: set[bytes], size: int) -> Iterator[l
             yield chunk
 
 
+def latents_bytes(
+    samples: Sequence[CachedSample], space: Space, encoders: Encoders, storage: str
+) -> float:
+    """Bytes of the latents that `space` lacks; 0 while their shape is unknown."""
+    if encoders.latents_per_pixel is None:
+        return 0.0
+    areas = {cached.latents_key: _area(cached) for cached in samples}
+    pixels = sum(areas[key] for key in space.missing(areas))
+    # uint8 pixels, or float16 numbers
+    per_value = {"pixels": 1, "sample": 2, "moments": 4}[storage]
+    return pixels * encoders.latents_per_pixel * per_value
+
+
 def encode_images(
     samples: Sequence[CachedSample],
     space: Space,
@@ -104,7 +132,10 @@ def encode_images(
     workers: int,
     hidden: bool,
 ) -> tuple[int, list[tuple[Sample, BadImageError]]]:
-    """Encodes missing latents bucket by bucket; how many, and which files cannot be decoded."""
+    """Encodes missing latents bucket by bucket; how many, and which files cannot be decoded.
+
+    Raises StorageError after the first batch if all of them do not fit the disk.
+    """
     by_key = {cached.latents_key: cached for cached in samples}
     missing = set(space.missing(by_key))
     if not missing:
@@ -120,8 +151,9 @@ def encode_images(
     )
     failures: list[tuple[Sample, BadImageError]] = []
     count = 0
-    with _freed(), tqdm(total=len(missing), desc="latents", unit="image", disable=hidden) as bar:
+    with _freed(), Progress("latents", len(missing), "image", hidden=hidden) as bar:
         encode = encoders.open_autoencoder() if encoders.open_autoencoder else None
+        halving = _Halving(encode) if encode else None
         ahead = _decode_ahead(chunks, workers, ahead=2 * (batch_size + workers))
         with space.writer() as writer, closing(ahead):
             for decoded in ahead:
@@ -133,14 +165,55 @@ def encode_images(
                         failures.append((cached.sample, error))
                 if good:
                     images = torch.stack([pixels for _, pixels in good])
-                    tensors = _latents(encode, images, [cached for cached, _ in good], storage)
+                    tensors = _latents(halving, images, [cached for cached, _ in good], storage)
                     rows = split(pack(tensors, "fp16"))
+                    if count == 0:
+                        pixels = sum(_area(by_key[key]) for key in missing)
+                        per_pixel = tensor_bytes(rows[0].values()) / _area(good[0][0])
+                        check_room(space.folder, {"latents": pixels * per_pixel})
                     keys = [cached.latents_key for cached, _ in good]
                     writer.add(list(zip(keys, rows, strict=True)))
                     count += len(good)
                 bar.update(len(decoded))
-        del encode
+        del encode, halving
     return count, failures
+
+
+def _area(cached: CachedSample) -> int:
+    return cached.plan.target_width * cached.plan.target_height
+
+
+class _Halving:
+    """The autoencoder on as many images at once as fit: half as many after running out of memory."""
+
+    def __init__(self, encode: EncodeImages) -> None:
+        self._encode = encode
+        self._limit: int | None = None
+
+    def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        while True:
+            try:
+                limit = self._limit or len(images)
+                parts = [self._encode(part) for part in images.split(limit)]
+                mean, std = zip(*parts, strict=True)
+                return torch.cat(mean), torch.cat(std)
+            except torch.OutOfMemoryError as error:
+                largest = min(limit, len(images))
+                if largest == 1:
+                    raise HardwareError(
+                        f"out of memory while encoding one image of {images.shape[3]} x "
+                        f"{images.shape[2]} pixels ({error}); close other programs on the device, "
+                        'lower data.resolution or set run.device = "cpu"; what is encoded is kept'
+                    ) from error
+                if self._limit is None:
+                    log.warning(
+                        "out of memory while encoding %d images at once: going on with fewer "
+                        "(cache.batch_size)",
+                        largest,
+                    )
+                self._limit = largest // 2
+            # Not within `except`: there the traceback still holds the tensors.
+            _free()
 
 
 def _latents(
@@ -148,8 +221,7 @@ def _latents(
 ) -> dict[str, Tensor]:
     if encode is None:
         return {"mean": images}
-    with _out_of_memory():
-        mean, std = encode(images)
+    mean, std = encode(images)
     _check_finite((mean, std), [c.sample.path for c in cached])
     if storage == "moments":
         return {"mean": mean, "std": std}
@@ -209,16 +281,20 @@ def _freed() -> Iterator[None]:
     try:
         yield
     finally:
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        _free()
+
+
+def _free() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 @contextmanager
-def _out_of_memory() -> Iterator[None]:
+def _out_of_memory(remedy: str) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
         raise HardwareError(
-            f"out of memory while encoding ({error}); lower cache.batch_size, what is encoded is kept"
+            f"out of memory while encoding ({error}); {remedy}, what is encoded is kept"
         ) from error

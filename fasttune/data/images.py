@@ -12,17 +12,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageCms, features
+from PIL import Image, ImageCms, TiffImagePlugin
 from torch import Tensor
 
 from fasttune.data.buckets import CropPlan
+from fasttune.data.formats import opened_formats
 from fasttune.errors import DatasetError
 
 log = logging.getLogger(__name__)
 
-EXTENSIONS = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif"})
-UNREADABLE = {".jxl": "JPEG XL", ".heic": "HEIC", ".heif": "HEIF"}
-"""Image formats that are refused by name instead of being overlooked."""
 MAX_PIXELS = 2**28
 """Larger images are refused: 2^28 pixels are 805 MB decoded."""
 ENCODING_VERSION = 1
@@ -53,15 +51,6 @@ class BadImageError(DatasetError):
         self.reason = reason
         self.lasting = lasting
         """The file itself is at fault: trying again before it changes is of no use."""
-
-
-def refusal(extension: str) -> str | None:
-    """Why files of this (lower-case) extension are refused unopened; None if they are not."""
-    if extension in UNREADABLE:
-        return f"{UNREADABLE[extension]} is not supported; convert it to PNG, JPEG or WebP"
-    if extension == ".avif" and not features.check("avif"):
-        return "this Pillow is built without AVIF; install a newer Pillow or convert the file"
-    return None
 
 
 def measure(path: str) -> tuple[int, int]:
@@ -119,7 +108,7 @@ def _bad(path: str, error: Exception) -> BadImageError:
 def _open(path: str) -> Image.Image:
     """Header alone, with everything refused that can be seen there."""
     try:
-        image = Image.open(path)
+        image = Image.open(path, formats=opened_formats())
     except Exception as error:  # as in load_image
         raise _bad(path, error) from error
     try:
@@ -171,16 +160,31 @@ def _to_rgb(image: Image.Image, path: str) -> Image.Image:
 
 
 def _deep_gray_to_rgb(image: Image.Image, path: str) -> Image.Image:
-    """16-bit gray; 65535 becomes 255. Pillow's convert would clip everything above 255."""
-    values = np.asarray(image)
-    if values.dtype.kind == "f" or values.size == 0 or values.min() < 0 or values.max() > 65535:
+    """Gray of 9 to 16 bits: its white becomes 255. Pillow's convert would clip all above 255.
+
+    White follows from the depth that the file states, not from its largest value: a dark
+    picture stays dark.
+    """
+    white = _white(image)
+    if white is None:
         reason = "has 32-bit pixels without a defined white; convert it to 8 or 16 bits"
         raise BadImageError(path, reason, lasting=True)
-    gray = ((values.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8)
+    values = np.asarray(image).astype(np.int64)
+    gray = ((values.clip(0, white) * 255 + white // 2) // white).astype(np.uint8)
     clear = image.info.get("transparency")
     if isinstance(clear, int):
         gray = np.where(values == clear, np.uint8(255), gray)
     return Image.fromarray(gray).convert("RGB")
+
+
+def _white(image: Image.Image) -> int | None:
+    """The value of white in gray of more than 8 bits; None where nothing defines it."""
+    if isinstance(image, TiffImagePlugin.TiffImageFile) and image.mode.startswith("I;16"):
+        bits = image.tag_v2.get(TiffImagePlugin.BITSPERSAMPLE, (16,))[0]
+        return (1 << bits) - 1 if 8 < bits <= 16 else None
+    # These end at 16 bits; Pillow scales fewer up to them (PPM, JPEG 2000) and calls some I.
+    scaled = image.format in ("PNG", "PPM", "JPEG2000") and image.mode != "F"
+    return 65535 if scaled else None
 
 
 def _to_srgb(image: Image.Image, profile: Any) -> Image.Image:

@@ -6,13 +6,15 @@ one stat a file, and no image opened whose (path, size, modification time) the c
 
 import hashlib
 import os
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from fasttune.data.captions import CaptionKind, read_captions
-from fasttune.data.images import EXTENSIONS, UNREADABLE, BadImageError, measure, refusal
+from fasttune.data.formats import COMMON, is_picture, is_text, refusal
+from fasttune.data.images import BadImageError, measure
 from fasttune.errors import DatasetError
 
 
@@ -43,6 +45,8 @@ class Sample:
     height: int
     """In pixels, after EXIF orientation."""
     held_out: bool
+    real_path: str
+    """`path` with all links followed: what tells whether two samples are one file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,19 +67,31 @@ class Scan:
     """Captions without an image and the like: reported, and no reason to stop."""
     measured: dict[str, ImageFile]
     """Files that were opened and can be remembered, by path."""
+    other_files: dict[str, int]
+    """Ending -> number of files that are neither images nor text."""
 
 
 class _Found(NamedTuple):
     name: str
     path: str
+    real_path: str
     file_size: int
     mtime_ns: int
+
+
+class _Folder(NamedTuple):
+    path: str
+    prefix: str
+    """Of the names of its files: "" or a path that ends in /."""
+    real_path: str
 
 
 def scan(
     source: int,
     path: str,
     *,
+    key: str = "data.path",
+    roots: Sequence[str] = (),
     captions: CaptionKind = "textfile",
     caption: str | None = None,
     caption_file: str | None = None,
@@ -89,23 +105,25 @@ def scan(
 ) -> Scan:
     """Samples of the folder `path`, sorted by name, `repeats` in a row for each file.
 
-    `held_out` is a fraction, chosen by a hash of the name: it stays the same when files are
-    added. `known` holds the files of earlier scans by path. `on_measured` is called with 1 after
-    each image that had to be opened. Raises DatasetError for a missing or empty folder and for
-    captions that fit no image.
+    `held_out` is a fraction, chosen by a hash of the name: it stays the same when files are added;
+    of two or more images at least one is held out. `key` is what messages call the folder.
+    `roots` are the real paths of all sources (see `name_in`). `known` holds the files of earlier
+    scans by path. `on_measured` is called with 1 after each image that had to be opened. Raises
+    DatasetError for a missing or empty folder and for captions that fit no image.
     """
     root = os.path.abspath(path)
     if not os.path.isdir(root):
         what = "is a file" if os.path.exists(root) else "does not exist"
-        raise DatasetError(f"data.path = {path!r}: {root} {what}; name a folder with images")
-    images, texts, bad_files = _walk(root)
+        raise DatasetError(f"{key} = {path!r}: {root} {what}; name a folder with images")
+    images, texts, bad_files, other_files = _walk(root)
     if not images and not bad_files:
-        wanted = " ".join(sorted(extension[1:] for extension in EXTENSIONS))
-        raise DatasetError(f"data.path = {path!r}: {root} has no images ({wanted})")
+        wanted = " ".join(extension[1:] for extension in COMMON)
+        raise DatasetError(f"{key} = {path!r}: {root} has no images ({wanted} ...)")
     found_captions = read_captions(
         root,
         [image.name for image in images],
         texts,
+        key=key,
         captions=captions,
         caption=caption,
         caption_file=caption_file,
@@ -117,72 +135,91 @@ def scan(
     images = [image for image in images if image.name in by_name]
     sizes, measured, unreadable = _sizes(images, known or {}, workers, on_measured)
     bad_files += unreadable
+    images = [image for image in images if image.path in sizes]
+    drawn_by: dict[str, str] = {}
+    if held_out > 0:
+        every_root = [os.path.realpath(root), *roots]
+        drawn_by = {i.path: name_in(every_root, i.real_path, i.name) for i in images}
+    drawn = draw_held_out(drawn_by.values(), held_out)
     samples: list[Sample] = []
     for image in images:
-        size = sizes.get(image.path)
-        if size is None:
-            continue
-        kept_out = held_out > 0 and _fraction(image.name) < held_out
+        kept_out = held_out > 0 and drawn_by[image.path] in drawn
         file = (image.path, image.name, image.file_size, image.mtime_ns, source)
-        caption_text = by_name[image.name]
-        samples += [
-            Sample(*file, repeat, caption_text, *size, kept_out)
-            for repeat in range(1 if kept_out else repeats)
-        ]
+        rest = (by_name[image.name], *sizes[image.path], kept_out, image.real_path)
+        samples += [Sample(*file, repeat, *rest) for repeat in range(1 if kept_out else repeats)]
     warnings = [BadFile(where, what) for where, what in found_captions.unmatched]
     bad_files.sort(key=lambda bad: bad.path)
-    return Scan(samples, bad_files, warnings, measured)
+    return Scan(samples, bad_files, warnings, measured, other_files)
 
 
-def _walk(root: str) -> tuple[list[_Found], list[str], list[BadFile]]:
-    """Images sorted by name, names of .txt files, and what cannot be used.
+def _walk(root: str) -> tuple[list[_Found], list[str], list[BadFile], dict[str, int]]:
+    """Images sorted by name, names of .txt files, what cannot be used, and endings of other files.
 
     Hidden files and folders are left out. Linked folders are entered once each, so loops end.
     """
     images: list[_Found] = []
     texts: list[str] = []
     bad: list[BadFile] = []
+    others: Counter[str] = Counter()
     entered: set[tuple[int, int]] = set()
-    pending = [(root, "")]
+    pending = [_Folder(root, "", os.path.realpath(root))]
     while pending:
-        folder, prefix = pending.pop()
+        folder = pending.pop()
         try:
-            status = os.stat(folder)
+            status = os.stat(folder.path)
             if (status.st_dev, status.st_ino) in entered:
                 continue
             entered.add((status.st_dev, status.st_ino))
-            with os.scandir(folder) as entries:
+            with os.scandir(folder.path) as entries:
                 listed = sorted(entries, key=lambda entry: entry.name, reverse=True)
         except OSError as error:
-            bad.append(BadFile(folder, f"cannot be listed: {error.strerror}"))
+            bad.append(BadFile(_printable(folder.path), f"cannot be listed: {error.strerror}"))
             continue
+        straight = folder.real_path == folder.path
         for entry in listed:
-            file_name = entry.name
-            if file_name[0] == ".":
+            if entry.name[0] == ".":
                 continue
-            if entry.is_dir():
-                pending.append((f"{folder}/{file_name}", f"{prefix}{file_name}/"))
-                continue
-            _, dot, ending = file_name.rpartition(".")
+            path, name = f"{folder.path}/{entry.name}", folder.prefix + entry.name
+            _, dot, ending = entry.name.rpartition(".")
             extension = dot + ending.lower()
-            name = prefix + file_name
-            if extension == ".txt":
-                texts.append(name)
-            elif extension in EXTENSIONS or extension in UNREADABLE:
+            try:
+                is_link = entry.is_symlink()
+                if entry.is_dir():
+                    real = os.path.realpath(path) if is_link else f"{folder.real_path}/{entry.name}"
+                    pending.append(_Folder(path, name + "/", real))
+                    continue
+                if extension == ".txt":
+                    texts.append(name)
+                    continue
+                if not is_picture(extension):
+                    if not is_text(extension):
+                        others[extension if dot else ""] += 1
+                    continue
                 reason = refusal(extension) or _name_problem(name)
                 if reason is not None:
-                    shown = f"{root}/{name}".encode(errors="backslashreplace").decode()
-                    bad.append(BadFile(shown, reason))
+                    bad.append(BadFile(_printable(path), reason))
                     continue
-                try:
-                    status = entry.stat()
-                except OSError as error:
-                    broken = "is a link to a missing file" if entry.is_symlink() else error.strerror
-                    bad.append(BadFile(f"{root}/{name}", str(broken)))
-                    continue
-                images.append(_Found(name, f"{root}/{name}", status.st_size, status.st_mtime_ns))
+                status = entry.stat()
+            except OSError as error:  # is_dir and stat follow links, which may go in circles
+                missing = isinstance(error, FileNotFoundError) and is_link
+                what = (
+                    "is a link to a missing file"
+                    if missing
+                    else f"cannot be used: {error.strerror}"
+                )
+                bad.append(BadFile(_printable(path), what))
+                continue
+            if is_link:
+                real = os.path.realpath(path)
+            else:
+                real = path if straight else f"{folder.real_path}/{entry.name}"
+            images.append(_Found(name, path, real, status.st_size, status.st_mtime_ns))
     images.sort(key=lambda image: image.name)
-    return images, texts, bad
+    return images, texts, bad, dict(others)
+
+
+def _printable(path: str) -> str:
+    return path.encode(errors="backslashreplace").decode()
 
 
 def _name_problem(name: str) -> str | None:
@@ -236,7 +273,29 @@ def _sizes(
     return sizes, measured, bad
 
 
-def _fraction(name: str) -> float:
+def draw_held_out(names: Iterable[str], fraction: float) -> set[str]:
+    """The names that are held out, by a hash of each: they stay the same when files are added.
+
+    Of two or more names at least one is held out, if fraction > 0: where the hash of none is below the
+    fraction, that with the smallest. Only then can a file that is added take its place.
+    """
+    drawn = {name: _hash(name) for name in names}
+    chosen = {name for name, value in drawn.items() if value < fraction}
+    if fraction > 0 and not chosen and len(drawn) > 1:
+        chosen = {min(drawn, key=lambda name: (drawn[name], name))}
+    return chosen
+
+
+def name_in(roots: Sequence[str], real_path: str, otherwise: str) -> str:
+    """`real_path` relative to the outermost of `roots` that holds it: what the draw looks at.
+
+    So sources within each other draw alike, and a data set that moves keeps its split.
+    """
+    outer = [root for root in roots if real_path.startswith(root + os.sep)]
+    return real_path[len(min(outer, key=len)) + 1 :] if outer else otherwise
+
+
+def _hash(name: str) -> float:
     """A number in [0, 1) that depends on the name alone."""
-    digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
+    digest = hashlib.blake2b(name.encode(errors="surrogatepass"), digest_size=8).digest()
     return (int.from_bytes(digest, "big") >> 11) / 2**53

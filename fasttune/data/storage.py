@@ -1,23 +1,31 @@
 """How tensors are stored in the cache, and back.
 
-Latents: float16. Mean and std of a VAE are of order one, where float16 is exact to 2^-12 relative,
-about 70 dB below the noise that training adds; bfloat16 would keep 2^-9. Values beyond float16's
+Latents: float16. Mean and std of a VAE are of order one, where float16 is exact to 2^-11 relative,
+more than 60 dB below the noise that training adds; bfloat16 would keep 2^-8. Values beyond float16's
 range make the entry float32. Pixels (family "autoencoder"): uint8, which is exact.
 
-Text embeddings: as the encoder made them in fp32, bf16 or fp16, or int8 with one scale a token,
-scale = absmax / 127: the error of an element is at most half a scale, 1/254 of the token's largest
-element. On tokens of normally distributed elements that is 0.9 % of the RMS at width 4096.
+Text embeddings: as the encoder made them in fp32, bf16 or fp16, or int8 with one float32 scale for each
+64 elements of a token, scale = absmax / 127: the error of an element is at most half a scale, 1/254
+of the largest of its 64. An element takes 1.06 bytes. On normally distributed elements the error is
+0.6 % of their RMS. Text encoders have outlier channels, and those cost their neighbours: measured at
+width 4096 with channels of 200 times the others' RMS, the 63 elements beside one have an error of 45 %
+of their RMS. Over all ordinary elements the RMS error is 5.7 % with one such channel, 11 % with 4 and 23 %
+with 16 in different groups, while the median error stays between 0.5 and 0.7 %. One scale a
+token had 46 % on every element in all three cases. Exact embeddings need bf16 or fp32.
 """
 
 from collections.abc import Iterable, Mapping
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 Storage = Literal["fp32", "fp16", "bf16", "int8"]
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 SCALE = ".scale"
+INT8_GROUP = 64
+"""Elements that share a scale."""
 
 
 def pack(tensors: Mapping[str, Tensor], storage: Storage) -> dict[str, Tensor]:
@@ -28,8 +36,8 @@ def pack(tensors: Mapping[str, Tensor], storage: Storage) -> dict[str, Tensor]:
             packed[name] = tensor
         elif storage == "int8":
             exact = tensor.to(torch.float32)
-            scale = exact.abs().amax(dim=-1, keepdim=True) / 127
-            safe = torch.where(scale > 0, scale, torch.ones_like(scale))
+            scale = _absmax(exact) / 127
+            safe = _spread(torch.where(scale > 0, scale, torch.ones_like(scale)), exact.shape[-1])
             packed[name] = (exact / safe).round().to(torch.int8)
             packed[name + SCALE] = scale
         else:
@@ -46,12 +54,26 @@ def unpack(packed: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if name.endswith(SCALE):
             continue
         if tensor.dtype == torch.int8:
-            tensors[name] = tensor.to(torch.float32) * packed[name + SCALE]
+            tensors[name] = tensor.to(torch.float32) * _spread(
+                packed[name + SCALE], tensor.shape[-1]
+            )
         elif tensor.dtype == torch.uint8:
             tensors[name] = tensor.to(torch.float32) / 255 * 2 - 1
         else:
             tensors[name] = tensor
     return tensors
+
+
+def _absmax(exact: Tensor) -> Tensor:
+    """(..., D) -> (..., ceil(D / 64)): the largest magnitude of each group."""
+    groups = -(-exact.shape[-1] // INT8_GROUP)
+    padded = F.pad(exact.abs(), (0, groups * INT8_GROUP - exact.shape[-1]))
+    return padded.unflatten(-1, (groups, INT8_GROUP)).amax(dim=-1)
+
+
+def _spread(scale: Tensor, width: int) -> Tensor:
+    """(..., groups) -> (..., width): each element's scale."""
+    return scale.repeat_interleave(INT8_GROUP, dim=-1)[..., :width]
 
 
 def split(packed: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:

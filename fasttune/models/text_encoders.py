@@ -31,6 +31,9 @@ Outputs = Callable[[nn.Module, Tensor, Tensor], dict[str, Tensor]]
 class TextEncoder:
     """One encoder with its tokenizer; `num_truncated` counts the captions that were cut so far."""
 
+    truncated: dict[str, str]
+    """Captions that the last call cut -> what it read of them."""
+
     def __init__(
         self, *, name: str, tokenizer: Any, encoder: nn.Module, max_length: int, outputs: Outputs
     ) -> None:
@@ -40,6 +43,7 @@ class TextEncoder:
         self.max_length = max_length
         self.outputs = outputs
         self.num_truncated = 0
+        self.truncated = {}
 
     @torch.no_grad()
     def __call__(self, captions: list[str]) -> dict[str, Tensor]:
@@ -76,6 +80,14 @@ class TextEncoder:
                 cut[0] if len(cut[0]) <= 200 else cut[0][:200] + "...",
             )
         self.num_truncated += len(cut)
+        self.truncated = {}
+        if cut:
+            # A limit that nothing reaches: without one the tokenizer warns in its own words.
+            whole = self.tokenizer(cut, truncation=True, max_length=2**20).input_ids
+            self.truncated = {
+                caption: f"{self.name} reads {self.max_length} of its {len(ids)} tokens"
+                for caption, ids in zip(cut, whole, strict=True)
+            }
 
 
 def open_clip(

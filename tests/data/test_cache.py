@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from fasttune.data import cache as module
-from fasttune.data.cache import Cache, Space, folder_identity, make_key
+from fasttune.data.cache import Cache, Space, make_key
 from fasttune.data.samples import ImageFile
-from fasttune.errors import DatasetError, ModelError, StorageError
+from fasttune.errors import DatasetError, StorageError
 
 
 def entry(number: int) -> tuple[bytes, dict[str, Tensor]]:
@@ -270,44 +270,22 @@ def test_unusable_folders(tmp_path: Path) -> None:
         Cache(tmp_path / "newer")
 
 
-def test_folder_identity_sees_any_fine_tuning(tmp_path: Path) -> None:
-    folder = tmp_path / "vae"
-    folder.mkdir()
-    (folder / "config.json").write_text("{}")
-    weights = bytearray(os.urandom(2**20 * 3))
-    (folder / "w.safetensors").write_bytes(weights)
-    (tmp_path / "unet").mkdir()
-    first = folder_identity(tmp_path, ("vae",), "fp32")
-    assert folder_identity(tmp_path, ("vae",), "fp32") == first
-    assert folder_identity(tmp_path, ("vae",), "bf16") != first
-    os.utime(folder / "w.safetensors", (1, 1))
-    assert folder_identity(tmp_path, ("vae",), "fp32") == first  # a copy is the same model
-    seen = {first}
-    for name, start in (("header", 100), ("middle", 2**20), ("end", 3 * 2**20 - 8)):
-        changed = weights.copy()
-        changed[start : start + (2**17 if name == "middle" else 8)] = os.urandom(8) * (
-            2**14 if name == "middle" else 1
-        )
-        (folder / "w.safetensors").write_bytes(changed)
-        seen.add(folder_identity(tmp_path, ("vae",), "fp32"))
-    (folder / "w.safetensors").write_bytes(weights)
-    (folder / "config.json").write_text("{ }")
-    seen.add(folder_identity(tmp_path, ("vae",), "fp32"))
-    assert len(seen) == 5
-    with pytest.raises(ModelError, match=r"has none of text_encoder\*"):
-        folder_identity(tmp_path, ("text_encoder*",))
+def test_remarks_are_kept_with_their_entries(tmp_path: Path) -> None:
+    with Cache(tmp_path) as cache:
+        space = cache.space("text", "model")
+        with space.writer() as writer:
+            writer.add([(b"a", {"x": torch.zeros(1)})], {b"a": "is long"})
+            writer.add([(b"b", {"x": torch.zeros(1)})])
+        assert space.remarks == {b"a": "is long"}
+    with Cache(tmp_path) as cache:
+        assert cache.space("text", "model").remarks == {b"a": "is long"}
+        assert cache.space("text", "other").remarks == {}
 
 
-def test_folder_identity_reads_little(tmp_path: Path) -> None:
-    with (tmp_path / "w.safetensors").open("wb") as file:
-        file.truncate(2**36)  # 64 GiB of nothing, sparse
-    counters = Path("/proc/self/io")
-    if not counters.exists():
-        pytest.skip("counts bytes read as Linux does")
-
-    def bytes_read() -> int:
-        return int(counters.read_text().split("rchar: ")[1].split()[0])
-
-    before = bytes_read()
-    folder_identity(tmp_path, ("*.safetensors",))
-    assert bytes_read() - before < 2**20
+def test_a_cache_from_before_remarks_opens(tmp_path: Path) -> None:
+    Cache(tmp_path).close()
+    connection = sqlite3.connect(tmp_path / "index.sqlite")
+    connection.executescript("DROP TABLE remarks; DROP TABLE file_hashes;")
+    connection.close()
+    with Cache(tmp_path) as cache:
+        assert cache.space("text", "model").remarks == {}

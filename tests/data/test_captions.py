@@ -1,5 +1,7 @@
 """Captions of each kind, and what is said when they do not fit."""
 
+import errno
+import io
 import sys
 from pathlib import Path
 
@@ -163,3 +165,53 @@ def test_missing_tables(tmp_path: Path) -> None:
         read(tmp_path, captions="csv")
     with pytest.raises(DatasetError, match=r"data\.caption_file: .*x\.csv does not exist"):
         read(tmp_path, captions="csv", caption_file="x.csv")
+
+
+class Damaged(io.BytesIO):
+    """A file on a failing disk."""
+
+    def readline(self, *args: object) -> bytes:
+        raise OSError(errno.EIO, "Input/output error")
+
+    __next__ = readline
+    read = readinto = readline  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv"])
+def test_a_table_on_a_failing_disk(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / f"captions.{kind}").write_text("file_name,caption\na.png,a\n")
+
+    def fails(*args: object, **kwargs: object) -> io.BytesIO:
+        return Damaged()
+
+    monkeypatch.setattr("builtins.open", fails)
+    with pytest.raises(DatasetError, match=rf"captions\.{kind} cannot be read \(Input/output"):
+        read(tmp_path, ["a.png"], captions=kind)
+
+
+def test_a_parquet_file_with_damaged_pages(tmp_path: Path) -> None:
+    arrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    names = [f"{i}.png" for i in range(2000)]
+    table = arrow.table({"file_name": names, "caption": [f"caption {i}" for i in range(2000)]})
+    path = tmp_path / "captions.parquet"
+    parquet.write_table(table, path, compression="snappy")
+    content = bytearray(path.read_bytes())
+    content[4:3000] = bytes(2996)  # pages; the footer, at the end, is whole
+    path.write_bytes(content)
+    with pytest.raises(DatasetError, match=r"captions\.parquet is no Parquet file or damaged"):
+        read(tmp_path, names, captions="parquet")
+
+
+def test_parquet_text_that_is_not_utf8(tmp_path: Path) -> None:
+    arrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    raw = arrow.array([b"\xff\xfe"], arrow.binary()).view(arrow.string())
+    table = arrow.table({"file_name": ["a.png"], "caption": raw})
+    parquet.write_table(table, tmp_path / "captions.parquet")
+    with pytest.raises(DatasetError, match=r"captions\.parquet .*damaged"):
+        read(tmp_path, ["a.png"], captions="parquet")

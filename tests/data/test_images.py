@@ -146,6 +146,39 @@ def test_32_bit_pixels_are_refused(tmp_path: Path) -> None:
         load_image(str(tmp_path / "f.tif"))
 
 
+def test_dark_integers_are_not_taken_for_16_bit(tmp_path: Path) -> None:
+    """8-bit values in 32-bit pixels would come out almost black."""
+    Image.fromarray(np.arange(256, dtype="i4").reshape(16, 16)).save(tmp_path / "i.tif")
+    with pytest.raises(BadImageError, match="32-bit pixels"):
+        load_image(str(tmp_path / "i.tif"))
+    dark = (np.arange(256) * 64).astype("u2").reshape(16, 16)  # a quarter of 16 bits: stays so
+    Image.fromarray(dark).save(tmp_path / "d.png")
+    assert loaded(tmp_path / "d.png").max() == 64
+
+
+def test_gray_of_other_depths_follows_the_file(tmp_path: Path) -> None:
+    values = np.array([0, 341, 682, 1023], ">u2")
+    (tmp_path / "a.pgm").write_bytes(b"P5 4 1 1023\n" + values.tobytes())
+    np.testing.assert_array_equal(loaded(tmp_path / "a.pgm")[0, :, 0], [0, 85, 170, 255])
+    # a TIFF of 12 bits a pixel, by hand: two pixels in three bytes
+    entries = [(256, 4, 2), (257, 4, 1), (258, 3, 12), (259, 3, 1), (262, 3, 1), (273, 4, 8)]
+    entries += [(277, 3, 1), (278, 4, 1), (279, 4, 3)]
+    ifd = len(entries).to_bytes(2, "little")
+    for tag, kind, value in entries:
+        ifd += tag.to_bytes(2, "little") + kind.to_bytes(2, "little") + (1).to_bytes(4, "little")
+        ifd += value.to_bytes(4, "little")
+    pixels = bytes([0xFF, 0xF5, 0x55, 0])  # 4095 and 1365
+    (tmp_path / "a.tif").write_bytes(b"II*\0\x0c\0\0\0" + pixels + ifd + bytes(4))
+    np.testing.assert_array_equal(loaded(tmp_path / "a.tif")[0, :, 0], [255, 85])
+
+
+def test_postscript_is_not_run_whatever_it_is_called(tmp_path: Path) -> None:
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.eps")
+    (tmp_path / "a.eps").rename(tmp_path / "a.png")
+    with pytest.raises(BadImageError, match="not an image that Pillow can read"):
+        measure(str(tmp_path / "a.png"))
+
+
 def test_one_bit_and_plain_palette(tmp_path: Path) -> None:
     Image.new("1", (3, 3), 1).save(tmp_path / "a.png")
     assert (loaded(tmp_path / "a.png") == 255).all()

@@ -66,7 +66,9 @@ def test_the_order_is_pinned() -> None:
 
 
 def make_sample(number: int, bucket: tuple[int, int]) -> CachedSample:
-    sample = Sample(f"/{number}.png", f"{number}.png", 1, 1, 0, 0, f"{number}", 70, 80, False)
+    sample = Sample(
+        f"/{number}.png", f"{number}.png", 1, 1, 0, 0, f"{number}", 70, 80, False, f"/{number}.png"
+    )
     plan = CropPlan(bucket[0] + 4, bucket[1], 4, 0, *bucket)
     return CachedSample(sample, plan, make_key("image", number), make_key(f"{number}"))
 

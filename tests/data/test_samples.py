@@ -124,6 +124,73 @@ def test_known_files_are_not_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert changed.samples[0].mtime_ns == 1
 
 
+def test_a_link_in_a_circle_is_a_bad_file(tmp_path: Path) -> None:
+    write(tmp_path / "a.png")
+    for name in ("circle", "circle.png"):
+        (tmp_path / name).symlink_to(tmp_path / name)
+    found = scan(0, str(tmp_path), captions="filename")
+    assert [s.name for s in found.samples] == ["a.png"]
+    assert [Path(b.path).name for b in found.bad_files] == ["circle", "circle.png"]
+    assert all("symbolic links" in b.reason for b in found.bad_files)
+
+
+def test_all_that_pillow_reads_is_an_image(tmp_path: Path) -> None:
+    names = ["a.jfif", "b.ppm", "c.jp2", "d.tga", "e.jpe", "f.pgm", "g.qoi", "h.ico", "i.apng"]
+    for name in names:
+        image = Image.new("L" if name.endswith("pgm") else "RGB", (32, 32))
+        kinds = {"jfif": "JPEG", "jpe": "JPEG", "apng": "PNG"}
+        image.save(tmp_path / name, kinds.get(name.split(".")[1]))
+    found = scan(0, str(tmp_path), captions="filename")
+    assert [s.name for s in found.samples] == names
+    assert found.bad_files == []
+    assert found.other_files == {}
+
+
+def test_refused_and_other_files_are_not_passed_over(tmp_path: Path) -> None:
+    write(tmp_path / "a.png")
+    refused = "x.CR2 x.nef x.arw x.dng x.heic x.mp4 x.mov x.webm x.mpg x.eps x.pdf x.svg".split()
+    for name in [*refused, "x.npz", "y.NPZ", "x.db", "noending", "x.md", "x.json", "x.csv"]:
+        (tmp_path / name).write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0")
+    found = scan(0, str(tmp_path), captions="filename")
+    assert [s.name for s in found.samples] == ["a.png"]
+    reasons = {Path(b.path).name: b.reason for b in found.bad_files}
+    assert sorted(reasons) == sorted(refused)
+    assert reasons["x.CR2"] == "is a camera's raw file; develop it to PNG, TIFF or JPEG"
+    assert reasons["x.mov"] == "is a film; save the frames you want as images"
+    assert reasons["x.eps"] == "is a drawing or document; export it as PNG"
+    assert found.other_files == {".npz": 2, ".db": 1, "": 1}
+
+
+def test_the_key_is_named(tmp_path: Path) -> None:
+    key = "validation.held_out_path"
+    with pytest.raises(DatasetError, match=rf"^{key} = .*does not exist"):
+        scan(1, str(tmp_path / "no"), key=key)
+    write(tmp_path / "a.png")
+    for options in ({}, {"caption_file": "x.csv"}):
+        with pytest.raises(DatasetError, match=rf"^{key} = .*exist"):
+            scan(1, str(tmp_path), key=key, captions="csv", **options)
+
+
+def test_a_small_folder_holds_out_at_least_one(tmp_path: Path) -> None:
+    for index in range(3):
+        write(tmp_path / f"{index}.png")
+    options = {"captions": "filename", "held_out": 1e-9}
+    samples = scan(0, str(tmp_path), **options).samples  # type: ignore[arg-type]
+    (chosen,) = [s.name for s in samples if s.held_out]
+    (
+        tmp_path / next(s.name for s in samples if s.name != chosen)
+    ).unlink()  # the choice does not depend on what was not chosen
+    samples = scan(0, str(tmp_path), **options).samples  # type: ignore[arg-type]
+    assert [s.name for s in samples if s.held_out] == [chosen]
+    for path in tmp_path.iterdir():
+        if path.name != chosen:
+            path.unlink()
+    assert not scan(0, str(tmp_path), **options).samples[0].held_out  # type: ignore[arg-type]
+    write(tmp_path / "more.png")
+    samples = scan(0, str(tmp_path), captions="filename").samples
+    assert not any(s.held_out for s in samples)
+
+
 def test_repeats_and_held_out(tmp_path: Path) -> None:
     for index in range(200):
         (tmp_path / f"{index}.png").write_bytes(b"x")

@@ -35,7 +35,7 @@ def test_float_storage_errors() -> None:
     for storage, bits in (("fp16", 11), ("bf16", 8)):
         error = (there_and_back({"x": x}, storage)["x"].float() - x).abs() / x.abs()
         assert error[x.abs() > 1e-3].max() <= 2.0**-bits
-    # the claim of the docstring: float16 latents are 66 dB below the unit noise training adds
+    # the claim of the docstring: float16 latents are 60 dB below the unit noise training adds
     noise_ratio = (there_and_back({"x": x}, "fp16")["x"].float() - x).square().mean().sqrt()
     assert noise_ratio < 10 ** (-60 / 20)
 
@@ -56,21 +56,41 @@ def test_int8_error_bound_and_size() -> None:
     x[0, 0] = 0
     packed = pack({"x": x}, "int8")
     assert packed["x"].dtype == torch.int8
-    assert packed["x.scale"].shape == (2, 64, 1)
+    assert packed["x.scale"].shape == (2, 64, 4096 // 64)
     back = unpack(packed)["x"]
-    largest = x.abs().amax(-1, keepdim=True)
+    largest = x.unflatten(-1, (64, 64)).abs().amax(-1).repeat_interleave(64, dim=-1)
     assert bool(((back - x).abs() <= largest / 254 * (1 + 1e-5)).all())
     assert torch.equal(back[0, 0], torch.zeros(4096))
     relative = (back - x)[1].square().mean(-1).sqrt() / x[1].square().mean(-1).sqrt()
-    assert relative.max() < 0.012
-    assert abs(float(relative.mean()) - 0.009) < 0.001  # the docstring's figure
+    assert abs(float(relative.mean()) - 0.006) < 0.0005  # the docstring's figure
 
 
-def test_int8_pooled_embeddings_have_one_scale() -> None:
-    pooled = torch.randn(3, 768)
+@pytest.mark.parametrize(("count", "rms"), [(1, 0.057), (4, 0.113), (16, 0.226)])
+def test_int8_beside_outlier_channels(count: int, rms: float) -> None:
+    """The docstring's figures, for channels of 200 sigma as CLIP and T5 have them."""
+    torch.manual_seed(0)
+    x = torch.randn(512, 4096)
+    outliers = torch.arange(count) * (4096 // count) + 7
+    x[:, outliers] = 200 + x[:, outliers]
+    error = there_and_back({"x": x}, "int8")["x"] - x
+    ordinary = torch.ones(4096, dtype=torch.bool)
+    ordinary[outliers] = False
+    beside = torch.zeros(64, 64, dtype=torch.bool)
+    beside[outliers // 64] = True
+    beside = beside.flatten() & ordinary
+    assert abs(float(error[:, ordinary].square().mean().sqrt()) - rms) < 0.003
+    assert 0.0045 < float(error[:, ordinary].abs().median()) < 0.0075
+    assert abs(float(error[:, beside].square().mean().sqrt()) - 0.455) < 0.01
+    assert abs(float(error[:, ordinary & ~beside].square().mean().sqrt()) - 0.0059) < 0.0003
+
+
+@pytest.mark.parametrize("width", [3, 64, 100, 768])
+def test_int8_of_any_width(width: int) -> None:
+    pooled = torch.randn(3, width)
     packed = pack({"pooled_text_embeddings": pooled}, "int8")
-    assert packed["pooled_text_embeddings.scale"].shape == (3, 1)
+    assert packed["pooled_text_embeddings.scale"].shape == (3, -(-width // 64))
     back = there_and_back({"pooled_text_embeddings": pooled}, "int8")["pooled_text_embeddings"]
+    assert back.shape == pooled.shape
     assert (back - pooled).abs().max() <= pooled.abs().max() / 254 * 1.001
 
 

@@ -113,8 +113,21 @@ def test_truncated_captions_are_logged_once_and_counted(
     with caplog.at_level(logging.WARNING):
         encode_text(["a " * 75])
         assert encode_text.num_truncated == 0
+        assert encode_text.truncated == {}
         encode_text(["cat", "a " * 76, "a " * 200])
+        tokens = [
+            len(encode_text.tokenizer("a " * n, truncation=True, max_length=999).input_ids)
+            for n in (76, 200)
+        ]
+        assert tokens[0] == 78
+        assert encode_text.truncated == {
+            "a " * n: f"text_encoder (CLIP) reads 77 of its {count} tokens"
+            for n, count in zip((76, 200), tokens, strict=True)
+        }
         encode_text(["dog " * 100])
+        assert list(encode_text.truncated) == ["dog " * 100]
+        encode_text(["dog"])
+        assert encode_text.truncated == {}
     assert encode_text.num_truncated == 3
     assert [record.args[1:4] for record in caplog.records] == [(77, 2, 3)]
 
