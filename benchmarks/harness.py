@@ -10,7 +10,6 @@ import platform
 import re
 import statistics
 import subprocess
-import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -30,20 +29,19 @@ def emit(measurement: str, **values: Any) -> None:
     print(ROW + json.dumps({"measurement": measurement, **values}), flush=True)
 
 
-def collect(command: Sequence[str], *, quiet: bool = True) -> list[Row]:
-    """Rows that a child process prints. RuntimeError with the end of its output if it fails."""
-    done = subprocess.run(
-        command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment()
-    )
-    if done.returncode != 0 or not quiet:
-        print(done.stdout[-8000:], file=sys.stderr)
-    if done.returncode != 0:
-        raise RuntimeError(f"{' '.join(command)}: exit status {done.returncode}")
-    return [
+def collect(command: Sequence[str]) -> list[Row]:
+    """Rows that a child process prints. RuntimeError with the end of its output if it fails or
+    prints none."""
+    done = subprocess.run(command, text=True, capture_output=True, env=environment(), check=False)
+    rows = [
         json.loads(line.removeprefix(ROW))
         for line in done.stdout.splitlines()
         if line.startswith(ROW)
     ]
+    if done.returncode != 0 or not rows:
+        said = f"{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
+        raise RuntimeError(f"{' '.join(command)}: exit status {done.returncode}\n{said}")
+    return rows
 
 
 def environment() -> dict[str, str]:
