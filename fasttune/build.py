@@ -91,9 +91,9 @@ def check_model(config: Config, resumed: ResumeState | None = None) -> Objective
     spec = MODELS[config.model.family]
     parts = component_patterns(spec.denoiser_folder, "scheduler", "vae")
     folder = resolve_model(config.model.path, config.model.revision, parts)
-    objective = objective_for(config, spec, folder)
     random = config.model.init == "random"
     denoiser = build_on_meta(spec, folder) if random else check_denoiser(spec, folder)
+    objective = objective_for(config, spec, folder)
     adapt(config, spec, denoiser)
     if config.adapter.init_from is not None and resumed is None:
         read_lora(Path(config.adapter.init_from), module_shapes(denoiser))
@@ -157,20 +157,23 @@ def denoiser_for(config: Config, spec: ModelSpec, folder: Path, placement: Place
         denoiser = init_random(spec, folder, dtype=dtype, device=device, seed=seed)
     else:
         denoiser = load_denoiser(spec, folder, dtype=dtype, device=device)
-    adapt(config, spec, denoiser)
+    names = adapt(config, spec, denoiser)
+    if names:
+        log.info("LoRA rank %d on %d modules", config.adapter.rank, len(names))
     return denoiser
 
 
-def adapt(config: Config, spec: ModelSpec, denoiser: nn.Module) -> None:
-    """Freezes the network and adds the untrained adapter, or leaves all of it trainable."""
+def adapt(config: Config, spec: ModelSpec, denoiser: nn.Module) -> list[str]:
+    """Freezes the network and adds the untrained adapter, or leaves all of it trainable. Returns
+    the names of the adapted modules."""
     denoiser.requires_grad_(config.adapter.type == "none")
     if config.adapter.type == "none":
-        return
+        return []
     targets = config.adapter.targets
     patterns = (
         spec.adapter_targets.get(targets, (targets,)) if isinstance(targets, str) else targets
     )
-    names = apply_lora(
+    return apply_lora(
         denoiser,
         targets=patterns,
         rank=config.adapter.rank,
@@ -178,4 +181,3 @@ def adapt(config: Config, spec: ModelSpec, denoiser: nn.Module) -> None:
         dropout=config.adapter.dropout,
         seed=derive_seed(config.run.seed, "lora"),
     )
-    log.info("LoRA rank %d on %d modules", config.adapter.rank, len(names))
