@@ -66,7 +66,7 @@ def ours(folder: Path, steps: int, lr: float, begun: float, feed: Path | None) -
         return prepared
 
     Metrics.step = step_done  # type: ignore[assignment]
-    loop.prepare = timed_prepare
+    loop.prepare = timed_prepare  # type: ignore[assignment]
     loop.train(settings)
     last = ends.pop()
     run = max((folder / "runs").iterdir(), key=lambda path: path.stat().st_mtime)

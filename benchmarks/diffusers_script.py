@@ -163,9 +163,9 @@ def feed(path: Path, *, half: bool) -> None:
             self.epoch += 1
             yield from indices[start : start + self.length].tolist()
 
-    add_adapter = UNet2DConditionModel.add_adapter
+    add_adapter = UNet2DConditionModel.add_adapter  # type: ignore[attr-defined]
 
-    def add_fed_adapter(self: UNet2DConditionModel, *args: Any, **kwargs: Any) -> None:
+    def add_fed_adapter(self: Any, *args: Any, **kwargs: Any) -> None:
         add_adapter(self, *args, **kwargs)
         down = {n: p for n, p in self.named_parameters() if n.endswith(".lora_A.default.weight")}
         names = {name.removesuffix(".lora_A.default.weight") for name in down}
@@ -175,11 +175,14 @@ def feed(path: Path, *, half: bool) -> None:
             for name, parameter in down.items():
                 parameter.copy_(table[name.removesuffix(".lora_A.default.weight")])
 
-    DiagonalGaussianDistribution.sample = sample
-    torch.randint = fed_randint
-    torch.randn_like = fed_noise
-    torch.utils.data.DataLoader = Fed  # type: ignore[misc]
-    UNet2DConditionModel.add_adapter = add_fed_adapter
+    for owner, name, fed in (
+        (DiagonalGaussianDistribution, "sample", sample),
+        (torch, "randint", fed_randint),
+        (torch, "randn_like", fed_noise),
+        (torch.utils.data, "DataLoader", Fed),
+        (UNet2DConditionModel, "add_adapter", add_fed_adapter),
+    ):
+        setattr(owner, name, fed)
 
 
 if __name__ == "__main__":
