@@ -15,6 +15,11 @@ Stages 1 to 3 take about a minute and are repeated by each start with the same r
 5 take most of the time; a run that was interrupted is resumed from its newest checkpoint, and a run
 that is complete is not repeated. `--fresh` starts all over.
 
+The committed weights were made by these stages, with two differences from one run from start to end:
+the U-Net was stopped at step 3310 of a planned 10000 and resumed with 7000, and the trainer's seeds of
+the noise inside the autoencoder were changed afterwards. A new run makes a model of the same kind, not
+the same bits.
+
 The photographs of the subject (subject/, subject-held-out/) are used in no stage: the autoencoder's
 PSNR on them, printed at the end, is on images it has not seen.
 """
