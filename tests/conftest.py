@@ -1,8 +1,9 @@
 """Fixtures that several test files share: tiny model bundles and folders of images."""
 
 import importlib.util
+import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -21,6 +22,17 @@ def load_module(path: Path) -> ModuleType:
     sys.modules.setdefault(path.stem, module)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(autouse=True)
+def no_handlers_left() -> Iterator[None]:
+    """The command line adds a console handler, which would write to a later test's stderr."""
+    yield
+    for name in ("fasttune", None):
+        logger = logging.getLogger(name)
+        for handler in list(logger.handlers):
+            if isinstance(handler, logging.NullHandler) or getattr(handler, "is_console", False):
+                logger.removeHandler(handler)
 
 
 @pytest.fixture(scope="session")

@@ -134,11 +134,11 @@ def test_the_losses_may_be_overwritten_after_the_call(tmp_path: Path) -> None:
     buffer = torch.zeros(())
     for step, loss in ((1, 3.0), (2, 5.0)):
         buffer.fill_(loss)
-        metrics.step(step, buffer, 1e-4, None, 0.0)
+        metrics.step(step, buffer, 1e-4, torch.tensor(loss / 10), 0.0)
     buffer.fill_(-1.0)
     line = metrics.log_now(2)
     metrics.close()
-    assert line["loss"] == 5.0 and line["grad_norm"] is None
+    assert line["loss"] == 5.0 and line["grad_norm"] == pytest.approx(0.5)
     assert line["loss_smoothed"] == pytest.approx((3 * LOSS_DECAY + 5) / (LOSS_DECAY + 1))
 
 
@@ -193,10 +193,22 @@ def test_a_run_without_steps_has_a_summary(tmp_path: Path) -> None:
     assert read_metrics(tmp_path / "metrics.jsonl") == []
 
 
+@pytest.mark.parametrize(("may_overflow", "first"), [(False, 2), (True, None)])
+def test_a_non_finite_gradient_is_named_unless_a_loss_scale_skips_it(
+    tmp_path: Path, may_overflow: bool, first: int | None
+) -> None:
+    metrics = metrics_for(tmp_path, FakeClock(), norms_may_overflow=may_overflow)
+    for step, norm in ((1, 1.0), (2, math.inf), (3, 1.0)):
+        metrics.step(step, torch.tensor(2.0), 1e-4, torch.tensor(norm), 0.0)
+    metrics.log_now(3)
+    metrics.close()
+    assert metrics.first_nonfinite_step == first
+
+
 def test_a_non_finite_loss_is_null_and_named(tmp_path: Path) -> None:
     metrics = metrics_for(tmp_path, FakeClock())
     for step, loss in ((1, 2.0), (2, math.nan), (3, math.inf)):
-        metrics.step(step, torch.tensor(loss), 1e-4, torch.tensor(math.nan), 0.0)
+        metrics.step(step, torch.tensor(loss), 1e-4, torch.tensor(1.0), 0.0)
     line = metrics.log_now(3)
     metrics.close()
     assert metrics.first_nonfinite_step == 2
