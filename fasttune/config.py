@@ -126,7 +126,7 @@ class Cache:
     batch_size: int = 4
     """Images or captions encoded at once."""
     workers: int = 0
-    """Threads that decode images; 0 takes the number of CPU cores."""
+    """Threads that decode images; 0 takes one where the CPU encodes, else one a CPU core."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

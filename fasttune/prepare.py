@@ -41,7 +41,7 @@ from fasttune.data.samples import BadFile, ImageFile, Sample, Scan, scan
 from fasttune.data.split import join_splits
 from fasttune.data.storage import INT8_GROUP
 from fasttune.data.summary import Summary, count_samples, truncated_captions, warn_of_visits
-from fasttune.device import place, short
+from fasttune.device import pick_device, place, short
 from fasttune.errors import DatasetError, StorageError
 from fasttune.models import MODELS
 from fasttune.models.autoencoder import downscale, encode_moments, load_autoencoder
@@ -146,6 +146,9 @@ def prepare(
     encoders = model.encoders
     hidden = not (sys.stderr.isatty() if progress is None else progress)
     workers = config.cache.workers or os.cpu_count() or 1
+    # An encoder on the CPU has all cores at work: more threads that decode beside it only take turns.
+    decoders = 1 if pick_device(config.run.device).type == "cpu" else os.cpu_count() or 1
+    decoders = config.cache.workers or decoders
     batch_size = config.cache.batch_size
     cache = Cache(config.cache.dir)
     listing = cache.folder / "bad_files.json"
@@ -191,7 +194,7 @@ def prepare(
             list(dict.fromkeys(captions)), texts, encoders, batch_size, hidden, to_write
         )
         num_images, failures = encode_images(
-            samples, space, encoders, storage, batch_size, workers, hidden
+            samples, space, encoders, storage, batch_size, decoders, hidden
         )
         _remember(cache, failures)
         failed = [BadFile(error.path, error.reason) for _, error in failures]

@@ -124,7 +124,8 @@ def apply_lora(
         nn.init.kaiming_uniform_(A, a=math.sqrt(5), generator=_generator(seed, name))
         B = torch.zeros(outs, rank, *(1,) * (weight.ndim - 2))
         _adapt(module, A.to(weight.device), B.to(weight.device), alpha=alpha, dropout=dropout)
-    if too_wide and not _weight(names[chosen[0]]).is_meta:  # checks run on meta: say it once
+    # One narrow layer among many is usual; and checks run on meta, so that it is said once.
+    if len(too_wide) * 10 > len(chosen) and not _weight(names[chosen[0]]).is_meta:
         log.warning(
             "adapter.rank = %d is more than the full rank of %d modules, such as %s; a smaller rank "
             "trains the same there",
