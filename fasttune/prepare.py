@@ -21,6 +21,7 @@ import PIL
 import torch
 from torch import Tensor
 
+from fasttune.build import placement_for
 from fasttune.config import Config, Data
 from fasttune.data import buckets as aspect
 from fasttune.data.cache import Cache, make_key
@@ -41,7 +42,7 @@ from fasttune.data.samples import BadFile, ImageFile, Sample, Scan, scan
 from fasttune.data.split import join_splits
 from fasttune.data.storage import INT8_GROUP
 from fasttune.data.summary import Summary, count_samples, truncated_captions, warn_of_visits
-from fasttune.device import pick_device, place, short
+from fasttune.device import pick_device, short
 from fasttune.errors import DatasetError, StorageError
 from fasttune.models import MODELS
 from fasttune.models.autoencoder import downscale, encode_moments, load_autoencoder
@@ -85,12 +86,7 @@ class Model:
 def open_model(config: Config) -> Model:
     """Finds the model (a hub id is downloaded). Raises ModelError."""
     spec = MODELS[config.model.family]
-    placement = place(
-        device=config.run.device,
-        base=config.precision.base,
-        compute=config.precision.compute,
-        adapter=config.adapter.type != "none",
-    )
+    placement = placement_for(config)
     device, compute = placement.device, placement.compute_dtype
     pixels = spec.objective == "reconstruction"
     frozen = () if pixels else ("vae", "text_encoder*", "tokenizer*", "scheduler")

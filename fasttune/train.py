@@ -185,9 +185,7 @@ def _train(
                 generator.manual_seed(seed)
                 seed_default(device, derive_seed(seed, "network"))  # dropout
 
-                clean = batch.latent_mean
-                if batch.latent_std is not None:
-                    clean = clean + batch.latent_std * _normal(clean, generator)
+                clean = batch.draw_latents(generator)
                 noise = _normal(clean, generator)
                 if o.offset_noise:
                     noise = add_offset_noise(noise, o.offset_noise, generator)
