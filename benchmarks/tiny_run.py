@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from tiny_models import write_tiny_sdxl
 
+from benchmarks.tiny_models import write_tiny_sdxl
 from fasttune import config as c
 
 RESOLUTION = 128

@@ -31,10 +31,9 @@ from fasttune.models.weights import (
 )
 from fasttune.reconstruction import Reconstruction
 from fasttune.seeds import derive_seed
+from fasttune.step import Objective, Step
 
 log = logging.getLogger(__name__)
-
-Objective = FlowMatching | Ddpm | Reconstruction
 
 
 def placement_for(config: Config) -> Placement:
@@ -161,6 +160,28 @@ def denoiser_for(config: Config, spec: ModelSpec, folder: Path, placement: Place
     if names:
         log.info("LoRA rank %d on %d modules", config.adapter.rank, len(names))
     return denoiser
+
+
+def step_for(
+    config: Config,
+    spec: ModelSpec,
+    denoiser: nn.Module,
+    objective: Objective,
+    placement: Placement,
+    folder: Path,
+) -> Step:
+    """What each micro-batch computes."""
+    o, device = config.objective, placement.device
+    return Step(
+        spec=spec,
+        denoiser=denoiser,
+        objective=objective,
+        compute_dtype=placement.compute_dtype,
+        token_side=spec.latent_multiple(read_config(folder, spec.denoiser_folder)),
+        offset_noise=o.offset_noise,
+        text_mask=o.text_mask,
+        guidance=torch.full((config.train.batch_size,), o.guidance, device=device),
+    )
 
 
 def adapt(config: Config, spec: ModelSpec, denoiser: nn.Module) -> list[str]:

@@ -56,15 +56,10 @@ def place(*, device: str, base: str, compute: str, adapter: bool) -> Placement:
     has 8 bits, and an update of lr 1e-5 rounds away.
     """
     chosen = pick_device(device)
+    base_dtype, compute_dtype = dtypes(base, compute, adapter=adapter, bf16=has_bf16(chosen))
+    why = "as configured"
     if compute == "auto":
-        compute_dtype = torch.bfloat16 if has_bf16(chosen) else torch.float32
         why = "has bf16" if has_bf16(chosen) else "no fast bf16 here"
-    else:
-        compute_dtype, why = DTYPES[compute], "as configured"
-    if base == "auto":
-        base_dtype = compute_dtype if adapter else torch.float32
-    else:
-        base_dtype = DTYPES[base]
     if compute == "bf16" and chosen.type == "cuda" and not has_bf16(chosen):
         raise HardwareError(
             f"precision.compute = bf16 but {torch.cuda.get_device_name(chosen)} has no bf16 matmul; "
@@ -77,6 +72,19 @@ def place(*, device: str, base: str, compute: str, adapter: bool) -> Placement:
     return Placement(
         device=chosen, base_dtype=base_dtype, compute_dtype=compute_dtype, reason=reason
     )
+
+
+def dtypes(
+    base: str, compute: str, *, adapter: bool, bf16: bool
+) -> tuple[torch.dtype, torch.dtype]:
+    """(base, compute) of [precision], "auto" resolved; `bf16` says whether the device has it."""
+    if compute == "auto":
+        compute_dtype = torch.bfloat16 if bf16 else torch.float32
+    else:
+        compute_dtype = DTYPES[compute]
+    if base == "auto":
+        return (compute_dtype if adapter else torch.float32), compute_dtype
+    return DTYPES[base], compute_dtype
 
 
 def short(dtype: torch.dtype) -> str:

@@ -13,14 +13,18 @@ import signal
 import time
 from contextlib import ExitStack, closing
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
 
-from fasttune.build import check_model, denoiser_for, objective_for, placement_for, resolved
+from fasttune.build import (
+    check_model,
+    denoiser_for,
+    objective_for,
+    placement_for,
+    resolved,
+    step_for,
+)
 from fasttune.checkpoint import (
     ResumeState,
     checkpoint_name,
@@ -32,14 +36,11 @@ from fasttune.checkpoint import (
 from fasttune.config import Config
 from fasttune.config_file import to_toml
 from fasttune.data.loader import BatchPlan, load
-from fasttune.ddpm import add_offset_noise
 from fasttune.errors import TrainingError
 from fasttune.export import main as export
 from fasttune.metrics import Metrics, open_trackers
 from fasttune.models import MODELS
 from fasttune.models.layers import set_recompute
-from fasttune.models.spec import ModelSpec, cast_conditions, select_conditions
-from fasttune.models.weights import read_config
 from fasttune.prepare import Prepared, prepare, write_bad_files
 from fasttune.report import write_report
 from fasttune.run_folder import (
@@ -87,8 +88,7 @@ def _train(
     config: Config, run_dir: Path, prepared: Prepared, resumed: ResumeState | None, begin: float
 ) -> int:
     spec, placement = MODELS[config.model.family], placement_for(config)
-    device, compute = placement.device, placement.compute_dtype
-    t_, o = config.train, config.objective
+    device, t_ = placement.device, config.train
     seconds = {"preparation": time.perf_counter() - begin}
 
     denoiser = denoiser_for(config, spec, prepared.folder, placement)
@@ -96,7 +96,6 @@ def _train(
     trained = Trained(config, denoiser, placement, resuming=resumed is not None)
     objective = objective_for(config, spec, prepared.folder)
     validator = Validator(config, spec, placement, prepared, objective, run_dir)
-    token_side = spec.latent_multiple(read_config(prepared.folder, spec.denoiser_folder))
     plan = BatchPlan(
         [cached.plan.bucket for cached in prepared.train],
         batch_size=t_.batch_size,
@@ -167,8 +166,8 @@ def _train(
         caption_dropout=t_.caption_dropout,
         device=device,
     )
+    forward = step_for(config, spec, denoiser, objective, placement, prepared.folder)
     generator = torch.Generator(device)
-    guidance = torch.full((t_.batch_size,), o.guidance, device=device)
 
     with closing(metrics), batches, stop_on_signals() as stop:
         denoiser.train()
@@ -184,19 +183,7 @@ def _train(
                 seed = derive_seed(config.run.seed, "micro-batch", batch.micro_batch)
                 generator.manual_seed(seed)
                 seed_default(device, derive_seed(seed, "network"))  # dropout
-
-                clean = batch.draw_latents(generator)
-                noise = _normal(clean, generator)
-                if o.offset_noise:
-                    noise = add_offset_noise(noise, o.offset_noise, generator)
-                num_tokens = clean.shape[-2] * clean.shape[-1] // token_side**2
-                t = objective.sample_times(len(clean), num_tokens, generator, device)
-                conditions = select_conditions(batch.conditions, text_mask=o.text_mask)
-                conditions = cast_conditions(conditions, compute)
-                predict = partial(
-                    _predict, spec, denoiser, compute, conditions, batch.sizes, guidance
-                )
-                loss = objective.loss(predict, clean, noise, t).mean() / t_.gradient_accumulation
+                loss = forward.loss(batch, generator) / t_.gradient_accumulation
                 trained.backward(loss)
                 step_loss += loss.detach()
 
@@ -243,23 +230,6 @@ def _train(
     found += [("weights", path) for path in weights] + [("report", report)]
     log.info("done:%s", "".join(f"\n  {name:8} {path}" for name, path in found))
     return 0
-
-
-def _predict(
-    spec: ModelSpec,
-    denoiser: nn.Module,
-    compute: torch.dtype,
-    conditions: dict[str, Tensor],
-    sizes: Tensor,
-    guidance: Tensor,
-    noisy: Tensor,
-    t: Tensor,
-) -> Any:
-    return spec.predict(denoiser, noisy.to(compute), t, conditions, sizes, guidance)
-
-
-def _normal(like: Tensor, generator: torch.Generator) -> Tensor:
-    return torch.randn(like.shape, generator=generator, device=like.device)
 
 
 def _nonfinite(

@@ -24,10 +24,10 @@ CONFIG |= {
 """The config and what works on it; needs the standard library alone."""
 
 READ_CONFIG = {"build", "cli", "doctor", "export", "init", "prepare", "sample", "train"}
-READ_CONFIG |= {"trained", "validate"}
+READ_CONFIG |= {"rehearsal", "trained", "validate"}
 """The composition roots: below them, functions take flat keyword arguments."""
 
-COMMANDS = {f"fasttune.{name}" for name in READ_CONFIG - {"build", "trained", "validate"}}
+COMMANDS = {f"fasttune.{name}" for name in READ_CONFIG - {"build", "rehearsal", "trained", "validate"}}
 CALLED_BY = {
     "fasttune.prepare": {"train", "validate", "cli"},
     "fasttune.sample": {"train", "validate", "cli"},

@@ -137,6 +137,7 @@ AUTOENCODER = ModelSpec(
     merge_text=lambda parts: {},
     empty_caption_is_zero=False,
     latent_multiple=downscale,
+    input_shapes=lambda config, width, height: {"latents": (3, height, width)},
     adapter_targets={
         "attention": ("*.to_q", "*.to_k", "*.to_v", "*.to_out.0"),
         "all-linear": ("*.to_q", "*.to_k", "*.to_v", "*.to_out.0", "*.conv1", "*.conv2"),

@@ -371,6 +371,16 @@ def predict_flux(
     return unpack_latents(packed, height, width)
 
 
+def input_shapes(config: Mapping[str, Any], width: int, height: int) -> dict[str, tuple[int, ...]]:
+    """Latents of 1/8 the size; T5 positions as `text_encoders.open_flux` has them."""
+    c = read_flux_config(config)
+    return {
+        "latents": (c.in_channels // PACK**2, height // 8, width // 8),
+        "text_embeddings": (512 if c.guidance_embeds else 256, c.joint_attention_dim),
+        "pooled_text_embeddings": (c.pooled_projection_dim,),
+    }
+
+
 _ATTENTION = ("*.to_q", "*.to_k", "*.to_v", "*.to_out.0", "*.add_?_proj", "*.to_add_out")
 
 FLUX = ModelSpec(
@@ -385,6 +395,7 @@ FLUX = ModelSpec(
     merge_text=merge_flux,
     empty_caption_is_zero=False,
     latent_multiple=lambda config: PACK,
+    input_shapes=input_shapes,
     adapter_targets={
         "attention": _ATTENTION,
         # every Linear of the blocks, modulation included; not the embedders and the output

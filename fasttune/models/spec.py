@@ -61,6 +61,9 @@ class ModelSpec:
     """Caption dropout and an absent negative prompt use zeros instead of encoding ""."""
     latent_multiple: Callable[[Mapping[str, Any]], int]
     """Heights and widths of latents must be multiples of this (config.json)."""
+    input_shapes: Callable[[Mapping[str, Any], int, int], dict[str, tuple[int, ...]]]
+    """(config.json, width, height in pixels) -> shapes of one sample's "latents" and Conditions,
+    without the batch, for networks that are planned or timed without data."""
     adapter_targets: Mapping[str, tuple[str, ...]]
     """Presets: name -> fnmatch patterns over names of Linear (and Conv2d) modules."""
     timestep_sampling: Literal["uniform", "logit_normal"]

@@ -9,6 +9,7 @@ from fasttune.errors import ModelError
 from fasttune.models.spec import Conditions, ModelSpec
 from fasttune.models.text_encoders import merge_clip, merge_sdxl, open_clip, open_sdxl
 from fasttune.models.unet import UNet, build_unet
+from fasttune.models.unet_config import read_unet_config
 
 
 def predict_unet(
@@ -67,6 +68,22 @@ def _latent_multiple(config: Mapping[str, Any]) -> int:
     return 2 ** (len(config["block_out_channels"]) - 1)
 
 
+TEXT_TOKENS = 77  # positions of CLIP
+NUM_SIZES = 6  # numbers of SDXL's size conditioning
+
+
+def _input_shapes(config: Mapping[str, Any], width: int, height: int) -> dict[str, tuple[int, ...]]:
+    c = read_unet_config(config)
+    text_width = c.text_width[0] if c.text_projection_in is None else c.text_projection_in
+    shapes: dict[str, tuple[int, ...]] = {
+        "latents": (c.in_channels, height // 8, width // 8),
+        "text_embeddings": (TEXT_TOKENS, text_width),
+    }
+    if c.added_in is not None:
+        shapes["pooled_text_embeddings"] = (c.added_in - NUM_SIZES * c.size_width,)
+    return shapes
+
+
 _ATTENTION = ("*.to_q", "*.to_k", "*.to_v", "*.to_out.0")
 _TARGETS = {
     "attention": _ATTENTION,
@@ -86,6 +103,7 @@ SD1 = ModelSpec(
     merge_text=merge_clip,
     empty_caption_is_zero=False,
     latent_multiple=_latent_multiple,
+    input_shapes=_input_shapes,
     adapter_targets=_TARGETS,
     timestep_sampling="uniform",
     has_guidance=False,
@@ -103,6 +121,7 @@ SD2 = ModelSpec(
     merge_text=merge_clip,
     empty_caption_is_zero=False,
     latent_multiple=_latent_multiple,
+    input_shapes=_input_shapes,
     adapter_targets=_TARGETS,
     timestep_sampling="uniform",
     has_guidance=False,
@@ -120,6 +139,7 @@ SDXL = ModelSpec(
     merge_text=merge_sdxl,
     empty_caption_is_zero=True,
     latent_multiple=_latent_multiple,
+    input_shapes=_input_shapes,
     adapter_targets=_TARGETS,
     timestep_sampling="uniform",
     has_guidance=False,

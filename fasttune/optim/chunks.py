@@ -5,6 +5,8 @@ once; chunks bound that.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -17,6 +19,20 @@ GPU_LIMIT = 1 << 24
 """Elements of a chunk; its float32 temporaries take 4 bytes an element. On the CPU they should stay
 in the cache: Adafactor on 17 M weights took 69 ms with 2^20, 99 with 2^22 and 155 with 2^24 (one
 core of an EPYC). A GPU wants few launches."""
+
+
+_device: ContextVar[str | None] = ContextVar("device of the chunks", default=None)
+
+
+@contextmanager
+def chunked_as_on(device_type: str) -> Iterator[None]:
+    """Within, chunks are as large as on this kind of device, wherever the parameters are: for
+    rehearsals, whose fake tensors stand for another device's."""
+    token = _device.set(device_type)
+    try:
+        yield
+    finally:
+        _device.reset(token)
 
 
 def named_parameters(params: Sequence[Any]) -> list[NamedParameter]:
@@ -51,7 +67,7 @@ def bounded(
     chunk: list[nn.Parameter] = []
     elements = 0
     for p in params:
-        most = limit or (CPU_LIMIT if p.device.type == "cpu" else GPU_LIMIT)
+        most = limit or (CPU_LIMIT if (_device.get() or p.device.type) == "cpu" else GPU_LIMIT)
         if chunk and elements + p.numel() > most:
             yield chunk
             chunk, elements = [], 0

@@ -14,7 +14,7 @@ from fasttune.models import MODELS
 from fasttune.models.layers import set_recompute
 from fasttune.models.weights import set_tensor
 
-CONFIGS = Path(__file__).parents[2] / "benchmarks" / "model_configs"
+CONFIGS = Path(__file__).parents[2] / "benchmarks" / "models"
 
 # name -> family, parameters of the released checkpoint, latents and conditioning at its resolution
 MODEL_CASES: dict[str, tuple[str, int, tuple[int, ...], tuple[int, int], int]] = {
@@ -27,7 +27,8 @@ MODEL_CASES: dict[str, tuple[str, int, tuple[int, ...], tuple[int, int], int]] =
 
 
 def read(name: str) -> dict[str, Any]:
-    return json.loads((CONFIGS / f"{name}.json").read_text())
+    folder = MODELS[MODEL_CASES[name][0]].denoiser_folder
+    return json.loads((CONFIGS / name / folder / "config.json").read_text())
 
 
 @pytest.fixture

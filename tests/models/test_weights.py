@@ -236,7 +236,7 @@ def test_blocks_and_adapter_targets_match_modules() -> None:
 
     for family in ("flux", "sdxl", "sd1", "sd2"):
         spec = MODELS[family]
-        config = json.loads((CONFIGS / NAMES[family]).read_text())
+        config = read_config(CONFIGS / NAMES[family], spec.denoiser_folder)
         with torch.device("meta"):
             model = spec.build(config)
         names = dict(model.named_modules())
@@ -248,8 +248,8 @@ def test_blocks_and_adapter_targets_match_modules() -> None:
         assert spec.latent_multiple(config) == {"flux": 2, "sdxl": 4, "sd1": 8, "sd2": 8}[family]
 
 
-CONFIGS = Path(__file__).parents[2] / "benchmarks" / "model_configs"
-NAMES = {"flux": "flux-dev.json", "sdxl": "sdxl.json", "sd1": "sd15.json", "sd2": "sd21.json"}
+CONFIGS = Path(__file__).parents[2] / "benchmarks" / "models"
+NAMES = {"flux": "flux-dev", "sdxl": "sdxl", "sd1": "sd15", "sd2": "sd21"}
 
 MEASURE = """
 import sys

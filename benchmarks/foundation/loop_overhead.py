@@ -1,6 +1,6 @@
 """What a step costs beside forward, backward and update: the loop's own Python.
 
-    python benchmarks/loop_overhead.py [--steps 400] [--folder FOLDER]
+    python -m benchmarks.foundation.loop_overhead [--steps 400] [--folder FOLDER]
 
 The real `fasttune.train.train` runs on the tiny SDXL with cached data, twice:
 
@@ -28,10 +28,10 @@ from typing import Any
 from unittest import mock
 
 import torch
-from harness import emit, spread
-from tiny_run import config, write_inputs
 from torch import Tensor, nn
 
+from benchmarks.harness import emit, spread
+from benchmarks.tiny_run import config, write_inputs
 from fasttune import train as loop
 from fasttune.data.loader import Reader
 from fasttune.trained import Trained

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from harness import emit, spread
+from benchmarks.harness import emit, spread
 
 WARMUP_STEPS = 10
 ENCODING = ("images", "autoencoder", "text encoders")
@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("arguments", nargs="*", help="of the script, after --")
     args = parser.parse_args()
 
-    import torchvision_stand_in
+    from benchmarks.foundation import torchvision_stand_in
 
     stand_in = torchvision_stand_in.install()
     if args.feed is not None:

@@ -1,6 +1,6 @@
 """How long the user waits: for --help, for a config error, for the first optimizer step.
 
-    python benchmarks/startup.py [--runs 15] [--config configs/quickstart.toml] [--starts 3]
+    python -m benchmarks.foundation.startup [--runs 15] [--config configs/quickstart.toml] [--starts 3]
 
 Wall time of whole processes, begun by this one. The first step is timed twice a start, with nothing
 cached (text encoders and autoencoder are loaded and run) and with everything cached, to the return
@@ -21,7 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from harness import ROOT, Row, collect, emit, environment, spread
+from benchmarks.harness import ROOT, Row, collect, emit, environment, spread
 
 QUICKSTART = ROOT / "configs" / "quickstart.toml"
 HEAVY = ("diffusers", "transformers", "torch._dynamo", "scipy", "accelerate", "huggingface_hub")
@@ -64,7 +64,7 @@ def is_complete(config: Path) -> bool:
 def stand_in(folder: Path) -> Path:
     """A config of the tiny SDXL, in a process of its own: it needs diffusers, the parent must not."""
     code = (
-        "import sys; from pathlib import Path; from tiny_run import config, write_inputs; "
+        "import sys; from pathlib import Path; from benchmarks.tiny_run import config, write_inputs; "
         "from fasttune.config_file import to_toml; folder = Path(sys.argv[1]); "
         "write_inputs(folder); (folder / 'c.toml').write_text(to_toml(config(folder, steps=100)))"
     )
@@ -72,7 +72,6 @@ def stand_in(folder: Path) -> Path:
         [sys.executable, "-c", code, str(folder)],
         check=True,
         env=environment(),
-        cwd=Path(__file__).parent,
         capture_output=True,
     )
     return folder / "c.toml"

@@ -1,6 +1,6 @@
 """A tiny SDXL LoRA, ours beside the diffusers text-to-image LoRA script.
 
-    python benchmarks/against_diffusers.py --diffusers-script train_text_to_image_lora_sdxl.py
+    python -m benchmarks.foundation.against_diffusers --diffusers-script train_text_to_image_lora_sdxl.py
         [--loss-steps 40] [--steps 200] [--pairs 2]
 
 The script is examples/text_to_image/train_text_to_image_lora_sdxl.py of the diffusers repository, run
@@ -24,7 +24,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from harness import Row, collect, emit, spread
+from benchmarks.harness import Row, collect, emit, spread
 
 BATCH_SIZE = 2
 LOSS_LR = 1e-2
@@ -36,8 +36,8 @@ WARMUP_STEPS = 10
 def ours(folder: Path, steps: int, lr: float, begun: float, feed: Path | None) -> None:
     """In the child: one training by fasttune. With `feed`, writes what the script shall draw."""
     import torch
-    from tiny_run import config
 
+    from benchmarks.tiny_run import config
     from fasttune import train as loop
     from fasttune.metrics import Metrics
 
@@ -147,7 +147,7 @@ def run_ours(folder: Path, steps: int, lr: float, feed: Path | None = None) -> R
 
 
 def run_theirs(script: Path, folder: Path, steps: int, lr: float, *options: str) -> Row:
-    from tiny_run import RANK, RESOLUTION
+    from benchmarks.tiny_run import RANK, RESOLUTION
 
     arguments = {
         "pretrained_model_name_or_path": folder / "model",
@@ -244,7 +244,7 @@ def main() -> None:
         return
     if args.diffusers_script is None or not args.diffusers_script.is_file():
         parser.error("--diffusers-script: the path of train_text_to_image_lora_sdxl.py is needed")
-    from tiny_run import write_inputs
+    from benchmarks.tiny_run import write_inputs
 
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.folder or Path(temporary)

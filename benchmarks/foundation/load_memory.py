@@ -1,6 +1,6 @@
 """Loading a 5 GB network: peak anonymous host memory and time, ours beside diffusers'.
 
-    python benchmarks/load_memory.py [--folder FOLDER] [--pairs 2] [--config benchmarks/model_configs/sdxl.json]
+    python -m benchmarks.foundation.load_memory [--folder FOLDER] [--pairs 2] [--config benchmarks/model_configs/sdxl.json]
 
 Writes a U-Net of SDXL's real size with random bfloat16 weights, in four shards, tensor by tensor with
 our own writer, then loads it in processes of their own: ours, theirs, theirs, ours. A thread reads
@@ -23,7 +23,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from harness import ROOT, collect, emit
+from benchmarks.harness import ROOT, collect, emit
 
 SHARDS = 4
 INTERVAL_S = 0.01

@@ -1,6 +1,6 @@
 """How long a start takes when nothing has changed: 100,000 small files with captions.
 
-    python benchmarks/second_start.py [--files 100000] [--folder /tmp/second-start] [--starts 3]
+    python -m benchmarks.foundation.second_start [--files 100000] [--folder /tmp/second-start] [--starts 3]
 
 Writes the files (8 x 8 PNGs, a .txt each, 1000 a folder) if they are not there, prepares them once with
 encoders that cost nothing, then starts again `--starts` times, each in a new process. One JSON row
@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
 

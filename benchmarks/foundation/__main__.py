@@ -1,6 +1,6 @@
 """Speed and memory of the foundation, in one command.
 
-    python benchmarks/foundation.py [--only NAME ...] [--quick] [--diffusers-script PATH] [--out FILE]
+    python -m benchmarks.foundation [--only NAME ...] [--quick] [--diffusers-script PATH] [--out FILE]
 
 Runs the measurements one after another, each in processes of its own, prints what was found beside
 what is asked for, and appends the rows to results/<machine>.jsonl. See README.md for the protocol.
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from harness import RESULTS, Row, collect, machine, machine_name, table, write_rows
+from benchmarks.harness import RESULTS, Row, collect, machine, machine_name, table, write_rows
 
 HERE = Path(__file__).parent
 

@@ -1,6 +1,6 @@
 """What `prepare` costs over bare decoding, resizing and encoding, and how much memory it takes.
 
-    python benchmarks/prepare_speed.py [--images 96] [--rounds 4] [--memory-images 10000]
+    python -m benchmarks.foundation.prepare_speed [--images 96] [--rounds 4] [--memory-images 10000]
 
 Speed: the same JPEGs through `prepare` (A) and through a plain loop of Pillow and the same autoencoder (B),
 interleaved ABBA, a fresh cache each time. One JSON row a run, then mean and standard deviation of
@@ -20,7 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
 RESOLUTION = 256

@@ -1,0 +1,1 @@
+"""Benchmarks and gates; `fasttune bench` and `python -m benchmarks` are their command."""

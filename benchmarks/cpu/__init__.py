@@ -1,0 +1,1 @@
+"""CPU timing: ratios against named contenders, measured interleaved."""

@@ -1,0 +1,1 @@
+"""The targets of the foundation: loop, start, loading, beside the diffusers script."""

@@ -1,0 +1,1 @@
+"""What needs a GPU: kernels, training steps and contenders, in one run."""

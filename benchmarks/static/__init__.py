@@ -1,0 +1,1 @@
+"""Gates that need no GPU: exact numbers, compared with expected/static.json."""

@@ -1,0 +1,172 @@
+"""Training steps of a config without its weights and images.
+
+Under a `FakeTensorMode` a step of the real size needs neither memory nor a GPU, and says what the
+run will take; on a GPU the same steps run on random weights and can be timed. Everything but the
+values is the run's own: network, adapter, objective, optimizer, average and clipping.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from fasttune.build import adapt, objective_for, step_for
+from fasttune.config import Config
+from fasttune.data.loader import Batch
+from fasttune.device import Placement, dtypes
+from fasttune.models import MODELS
+from fasttune.models.layers import set_recompute
+from fasttune.models.spec import ModelSpec
+from fasttune.models.weights import build_on_meta, read_config, set_tensor
+from fasttune.optim.chunks import chunked_as_on
+from fasttune.seeds import derive_seed
+from fasttune.step import Step
+from fasttune.trained import Trained
+
+
+@dataclass(kw_only=True, slots=True)
+class Rehearsal:
+    """A run that can take steps. Made by `rehearse`."""
+
+    config: Config
+    placement: Placement
+    denoiser: nn.Module
+    trained: Trained
+    forward: Step
+    batch: Batch
+    device_type: str
+    """The kind of device that is rehearsed; the placement's own, but for fake tensors."""
+    step: int = field(default=0, init=False)
+    """Updates taken."""
+
+    def micro_batch(self) -> Tensor:
+        """Forward and backward of one micro-batch; its detached loss."""
+        count = self.config.train.gradient_accumulation
+        generator = torch.Generator(self.placement.device)
+        generator.manual_seed(derive_seed(self.config.run.seed, "micro-batch", self.step))
+        loss = self.forward.loss(self.batch, generator) / count
+        self.trained.backward(loss)
+        return loss.detach()
+
+    def update(self) -> Tensor:
+        """Clipping, optimizer and average; the gradient norm before clipping."""
+        self.step += 1
+        with chunked_as_on(self.device_type):
+            return self.trained.update(self.step)
+
+    def take_step(self) -> Tensor:
+        """All micro-batches and the update; the loss on the device, nothing waits for it."""
+        self.trained.set_lr(self.step)
+        losses = [self.micro_batch() for _ in range(self.config.train.gradient_accumulation)]
+        self.update()
+        return torch.stack(losses).sum()
+
+
+def rehearse(
+    config: Config,
+    folder: Path,
+    *,
+    placement: Placement,
+    device_type: str | None = None,
+    size: tuple[int, int] | None = None,
+) -> Rehearsal:
+    """The config's run on the model whose config files are in `folder`; no weights are read.
+
+    `size` is (width, height) in pixels, by default the square of the first source's resolution.
+    Call it under a FakeTensorMode, with a CPU placement, to make no real tensors: fake CUDA tensors
+    have no backward without a GPU. `device_type` then says what they stand for.
+    """
+    spec = MODELS[config.model.family]
+    with _drawn(config.run.seed):
+        denoiser = _without_weights(spec, folder, placement)
+        adapt(config, spec, denoiser)
+        set_recompute(denoiser, config.memory.activations == "recompute")
+        denoiser.train()
+        resolution = config.data[0].resolution
+        return Rehearsal(
+            config=config,
+            placement=placement,
+            denoiser=denoiser,
+            trained=Trained(config, denoiser, placement, resuming=True),  # reads no starting LoRA
+            forward=step_for(
+                config, spec, denoiser, objective_for(config, spec, folder), placement, folder
+            ),
+            batch=_batch(config, spec, folder, placement, size or (resolution, resolution)),
+            device_type=device_type or placement.device.type,
+        )
+
+
+def gpu_placement(config: Config) -> Placement:
+    """Where fake tensors stand for those on a GPU with bf16: CPU tensors in that GPU's dtypes.
+    A config that asks for the CPU stays with its own."""
+    base, compute = config.precision.base, config.precision.compute
+    if config.model.family == "autoencoder":
+        base = compute = "fp32"
+    base_dtype, compute_dtype = dtypes(
+        base, compute, adapter=config.adapter.type != "none", bf16=config.run.device != "cpu"
+    )
+    return Placement(
+        device=torch.device("cpu"),
+        base_dtype=base_dtype,
+        compute_dtype=compute_dtype,
+        reason="fake tensors",
+    )
+
+
+@contextmanager
+def _drawn(seed: int) -> Iterator[None]:
+    """Default generators seeded within, and as before after."""
+    with torch.random.fork_rng():
+        torch.manual_seed(derive_seed(seed, "rehearsal"))
+        yield
+
+
+@torch.no_grad()
+def _without_weights(spec: ModelSpec, folder: Path, placement: Placement) -> nn.Module:
+    """Random weights, drawn on the device at the scale torch's layers draw theirs: vectors named
+    weight are norms' and 1, biases 0, so that activations stay finite through any depth."""
+    denoiser = build_on_meta(spec, folder)
+    found = {**dict(denoiser.named_parameters()), **dict(denoiser.named_buffers())}
+    for name, tensor in found.items():
+        value = torch.empty(tensor.shape, dtype=placement.base_dtype, device=placement.device)
+        if tensor.ndim < 2:
+            value.fill_(1.0 if name.endswith("weight") else 0.0)
+        else:
+            fan_in = tensor[0].numel()
+            value.normal_(0.0, (3 * fan_in) ** -0.5)
+        set_tensor(denoiser, name, value)
+    return denoiser
+
+
+def _batch(
+    config: Config, spec: ModelSpec, folder: Path, placement: Placement, size: tuple[int, int]
+) -> Batch:
+    """Random latents and conditions of the shapes and dtypes that the cache would give."""
+    width, height = size
+    count, device = config.train.batch_size, placement.device
+    shapes = spec.input_shapes(read_config(folder, spec.denoiser_folder), width, height)
+    latents = torch.randn(count, *shapes.pop("latents"), device=device)
+    conditions = {
+        name: torch.randn(count, *shape, device=device, dtype=placement.compute_dtype)
+        for name, shape in shapes.items()
+    }
+    if config.objective.text_mask:
+        tokens = conditions["text_embeddings"].shape[1]
+        conditions["text_mask"] = torch.ones(count, tokens, dtype=torch.bool, device=device)
+    numbers = [height, width, 0, 0, height, width]
+    return Batch(
+        latent_mean=latents,
+        latent_std=torch.full_like(latents, 0.1),
+        conditions=conditions,
+        sizes=torch.tensor([numbers] * count, dtype=torch.float32, device=device),
+        paths=[],
+        micro_batch=0,
+    )
+
+
+def with_batch_size(config: Config, batch_size: int) -> Config:
+    """The same run with other micro-batches."""
+    return replace(config, train=replace(config.train, batch_size=batch_size))
