@@ -82,6 +82,9 @@ def _file_problem(error: OSError) -> str | None:
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The arguments. argparse takes key=value only in one place; here they may stand anywhere."""
+    given = sys.argv[1:] if argv is None else list(argv)
+    if given[:1] == ["bench"]:  # has a parser of its own, in the source tree
+        return argparse.Namespace(command=_bench, verbose=False, arguments=given[1:])
     parser = _parser()
     args, rest = parser.parse_known_args(argv)
     misplaced = [text for text in rest if text.startswith("-") or "=" not in text]
@@ -247,6 +250,12 @@ def _doctor(args: argparse.Namespace) -> int:
     return 0 if findings.can_train else 2
 
 
+def _bench(args: argparse.Namespace) -> int:
+    from fasttune.bench import main as bench
+
+    return bench(args.arguments)
+
+
 def _schema(args: argparse.Namespace) -> int:
     from fasttune.schema import schema_text
 
@@ -322,4 +331,5 @@ def _parser() -> argparse.ArgumentParser:
     doctor = add("doctor", _doctor, "Say what this machine has and what each feature would use.")
     doctor.add_argument("--json", action="store_true", help="for machines")
     add("schema", _schema, "Print the JSON schema of the config.")
+    add("bench", _bench, "Measure speed and memory, and hold changes to them (source tree only).")
     return parser

@@ -27,7 +27,9 @@ READ_CONFIG = {"build", "cli", "doctor", "export", "init", "prepare", "sample", 
 READ_CONFIG |= {"rehearsal", "trained", "validate"}
 """The composition roots: below them, functions take flat keyword arguments."""
 
-COMMANDS = {f"fasttune.{name}" for name in READ_CONFIG - {"build", "rehearsal", "trained", "validate"}}
+COMMANDS = {
+    f"fasttune.{name}" for name in READ_CONFIG - {"build", "rehearsal", "trained", "validate"}
+}
 CALLED_BY = {
     "fasttune.prepare": {"train", "validate", "cli"},
     "fasttune.sample": {"train", "validate", "cli"},
@@ -56,7 +58,8 @@ ALLOWED = {
 }
 
 LIGHT = {f"{name.replace('.', '/')}.py" for name in CONFIG} | {
-    f"fasttune/{name}.py" for name in ("__init__", "__main__", "cli", "doctor", "errors", "init")
+    f"fasttune/{name}.py"
+    for name in ("__init__", "__main__", "bench", "cli", "doctor", "errors", "init")
 }
 """Load in milliseconds: their imports, outside of functions, are the standard library's."""
 
