@@ -18,7 +18,10 @@ from markupsafe import Markup
 MAX_POINTS = 600
 """A line is thinned to about this many points, more than a screen shows."""
 
-_WIDTH, _HEIGHT = 1000, 400
+WIDTH, HEIGHT = 1000, 400
+"""Units of a chart's drawing, whatever its size on the page."""
+
+_NOTHING = Markup()
 
 Point = tuple[float, float]
 
@@ -124,18 +127,18 @@ def _y_axis(lines: Sequence[Line], *, from_zero: bool, num_ticks: int) -> Axis:
     return nice_axis(low, high, num_ticks=num_ticks)
 
 
-def _path(points: Sequence[Point], x_axis: Axis, y_axis: Axis) -> str:
+def line_path(points: Sequence[Point], x_axis: Axis, y_axis: Axis) -> str:
     def place(point: Point) -> str:
         # A bound, far outside the box, keeps browsers from choking on huge coordinates.
         y = min(max(1 - y_axis.share(point[1]), -50.0), 50.0)
-        return f"{x_axis.share(point[0]) * _WIDTH:.1f} {y * _HEIGHT:.1f}"
+        return f"{x_axis.share(point[0]) * WIDTH:.1f} {y * HEIGHT:.1f}"
 
     return "M" + "L".join(place(point) for point in points)
 
 
-def _dots(points: Sequence[Point], x_axis: Axis, y_axis: Axis) -> str:
+def dots_path(points: Sequence[Point], x_axis: Axis, y_axis: Axis) -> str:
     """Lines of no length with round ends: dots that stay round in a stretched drawing."""
-    return "".join(_path([point], x_axis, y_axis) + "h0" for point in points)
+    return "".join(line_path([point], x_axis, y_axis) + "h0" for point in points)
 
 
 def _describe(title: str, line: Line, unit: str) -> str:
@@ -151,7 +154,7 @@ def _describe(title: str, line: Line, unit: str) -> str:
     )
 
 
-def _figure(
+def figure(
     *,
     title: str,
     note: str,
@@ -163,12 +166,21 @@ def _figure(
     unit: str,
     drawing: Markup,
     data: object,
-    compact: bool,
+    compact: bool = False,
     clipped: bool = False,
+    x_ticks: Sequence[str] | None = None,
+    y_ticks: Sequence[str] | None = None,
+    overlay: Markup = _NOTHING,
 ) -> Markup:
+    """`drawing` (SVG in a box of 1000 x 400, y downwards) between two axes, with title and legend.
+
+    legend: CSS class and name of each key. label: the chart in words, for those who do not see it.
+    data: for the page's script. clipped: nothing leaves the box. x_ticks, y_ticks: the ticks' texts
+    where they are not the numbers themselves. overlay: HTML over the drawing, placed in percent.
+    """
     grid = Markup("").join(
         Markup('<path class="grid" d="M0 {y:.1f}h{w}"/>').format(
-            y=(1 - y_axis.share(tick)) * _HEIGHT, w=_WIDTH
+            y=(1 - y_axis.share(tick)) * HEIGHT, w=WIDTH
         )
         for tick in y_axis.ticks
     )
@@ -176,7 +188,7 @@ def _figure(
         Markup('<span style="bottom:{at:.2f}%">{text}</span>').format(
             at=100 * y_axis.share(tick), text=text
         )
-        for tick, text in zip(y_axis.ticks, _format_ticks(y_axis.ticks), strict=True)
+        for tick, text in zip(y_axis.ticks, y_ticks or _format_ticks(y_axis.ticks), strict=True)
     )
     x_labels = Markup("").join(
         Markup('<span{end} style="left:{at:.2f}%">{text}</span>').format(
@@ -185,7 +197,7 @@ def _figure(
             at=100 * x_axis.share(tick),
             text=text,
         )
-        for tick, text in zip(x_axis.ticks, _format_ticks(x_axis.ticks), strict=True)
+        for tick, text in zip(x_axis.ticks, x_ticks or _format_ticks(x_axis.ticks), strict=True)
     )
     keys = Markup("").join(
         Markup('<li><i class="key {style}"></i>{name}</li>').format(style=style, name=name)
@@ -197,7 +209,7 @@ def _figure(
         '<div class="plot" role="img" aria-label="{label}" data-chart="{data}">'
         '<div class="y" aria-hidden="true">{y_labels}</div>'
         '<div class="box{clipped}"><svg viewBox="0 0 {w} {h}" preserveAspectRatio="none" aria-hidden="true">'
-        "{grid}{drawing}</svg></div>"
+        "{grid}{drawing}</svg>{overlay}</div>"
         '<div class="x" aria-hidden="true">{x_labels}</div>'
         '<div class="x-unit" aria-hidden="true">{x_unit}</div>'
         "</div></figure>"
@@ -213,10 +225,11 @@ def _figure(
         y_labels=y_labels,
         x_labels=x_labels,
         x_unit=x_unit,
-        w=_WIDTH,
-        h=_HEIGHT,
+        w=WIDTH,
+        h=HEIGHT,
         grid=grid,
         drawing=drawing,
+        overlay=overlay,
     )
 
 
@@ -247,17 +260,17 @@ def line_chart(
     for line, points in shown:
         parts.append(
             Markup('<path class="line {style}" d="{d}"/>').format(
-                style=line.style, d=_path(points, x_axis, y_axis)
+                style=line.style, d=line_path(points, x_axis, y_axis)
             )
         )
         if line.markers or len(points) == 1:
             parts.append(
                 Markup('<path class="dots {style}" d="{d}"/>').format(
-                    style=line.style, d=_dots(points, x_axis, y_axis)
+                    style=line.style, d=dots_path(points, x_axis, y_axis)
                 )
             )
     main = next((line for line in lines if line.style == "main"), lines[0])
-    return _figure(
+    return figure(
         title=title,
         note=note,
         legend=[(line.style, line.name) for line in lines] if len(lines) > 1 else [],
@@ -308,10 +321,10 @@ def histogram(
         Markup(
             '<rect class="bar" x="{x:.1f}" y="{y:.1f}" width="{w:.1f}" height="{h:.1f}"/>'
         ).format(
-            x=index * _WIDTH / num_bins + 1,
-            y=(1 - y_axis.share(count)) * _HEIGHT,
-            w=_WIDTH / num_bins - 2,
-            h=y_axis.share(count) * _HEIGHT,
+            x=index * WIDTH / num_bins + 1,
+            y=(1 - y_axis.share(count)) * HEIGHT,
+            w=WIDTH / num_bins - 2,
+            h=y_axis.share(count) * HEIGHT,
         )
         for index, count in enumerate(counts)
         if count
@@ -320,7 +333,7 @@ def histogram(
     note = f"median {format_number(median, digits=4)} {unit}"
     if beyond:
         note += f"; the last bar includes {beyond} up to {format_number(ordered[-1])} {unit}"
-    return _figure(
+    return figure(
         title=title,
         note=note,
         legend=[],

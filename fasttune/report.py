@@ -2,7 +2,7 @@
 
 Everything is inside the file (styles, script, pictures), nothing is fetched, and the page forbids
 itself to. Each part is left out if its file is missing, so that an interrupted run has a report as
-well. Template and style are in report.html.jinja, the curves in charts.py,
+well. The template is report.html.jinja, its style report.css.jinja, the curves are in charts.py,
 pictures and text in report_files.py.
 """
 
