@@ -29,10 +29,11 @@ def emit(measurement: str, **values: Any) -> None:
     print(ROW + json.dumps({"measurement": measurement, **values}), flush=True)
 
 
-def collect(command: Sequence[str]) -> list[Row]:
-    """Rows that a child process prints. RuntimeError with the end of its output if it fails or
-    prints none."""
-    done = subprocess.run(command, text=True, capture_output=True, env=environment(), check=False)
+def collect(command: Sequence[str], *, threads: int | None = None) -> list[Row]:
+    """Rows that a child process prints; `threads` of OpenMP are torch's. RuntimeError with the end
+    of its output if it fails or prints none."""
+    env = environment() | ({} if threads is None else {"OMP_NUM_THREADS": str(threads)})
+    done = subprocess.run(command, text=True, capture_output=True, env=env, check=False)
     rows = [
         json.loads(line.removeprefix(ROW))
         for line in done.stdout.splitlines()
