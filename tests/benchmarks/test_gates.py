@@ -1,0 +1,168 @@
+"""The runner of the static gates: exact both ways, raises explained, nothing taken for compared."""
+
+import argparse
+import json
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.static import expected as e
+from benchmarks.static import gates
+from fasttune.errors import FasttuneError
+
+VERSIONS = {"torch": "2.13.0", "triton": "3.9.0", "python": "3.11"}
+MEMORY = {"flux": {"peak_gib": 9.5, "module": "blocks.3", "parts": ["a", "b"]}}
+
+Run = Callable[..., int]
+
+
+@pytest.fixture
+def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A git repository with an expectation and a log."""
+    path, log = tmp_path / "benchmarks/expected/static.json", tmp_path / "benchmarks/LOG.md"
+    path.parent.mkdir(parents=True)
+    path.write_text(e.to_json(e.Expectation(VERSIONS, {"memory": MEMORY})))
+    log.write_text("# Benchmark log\n\nNewest first.\n\n## 2026-01-01: before\n\nOld.\n")
+    monkeypatch.setattr(e, "ROOT", tmp_path)
+    monkeypatch.setattr(e, "EXPECTED", path)
+    monkeypatch.setattr(e, "LOG", log)
+    monkeypatch.setattr(e.history, "__defaults__", (path,))
+    monkeypatch.setattr(e.read, "__defaults__", (path,))
+    monkeypatch.setattr(gates, "ROOT", tmp_path)
+    monkeypatch.setattr(gates, "REPLACEMENT", path.with_name("static.new.json"))
+    monkeypatch.setattr(gates, "GATES", ("memory", "codegen"))
+    monkeypatch.setattr(gates, "installed_versions", lambda: dict(VERSIONS))
+    git(tmp_path, "init", "-q", "-b", "main")
+    commit(tmp_path)
+    return tmp_path
+
+
+def git(folder: Path, *arguments: str) -> None:
+    who = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    subprocess.run(["git", *who, *arguments], cwd=folder, check=True, capture_output=True)
+
+
+def commit(folder: Path) -> None:
+    git(folder, "add", "-A")
+    git(folder, "commit", "-q", "--allow-empty", "-m", "A state.")
+
+
+@pytest.fixture
+def run(repository: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """run(memory rows, *arguments) -> exit status, with the modules' findings given."""
+
+    def run(memory: dict[str, Any], *arguments: str, codegen: dict[str, Any] | None = None) -> int:
+        outcomes = [
+            gates.Outcome("memory", {"memory": memory}, ("torch",), 0.0),
+            gates.Outcome("codegen", {"codegen": codegen} if codegen else {}, ("triton",), 0.0),
+        ]
+        monkeypatch.setattr(gates, "find", lambda modules, jobs: outcomes)
+        parser = argparse.ArgumentParser()
+        gates.add_arguments(parser)
+        return gates.run(parser.parse_args(arguments))
+
+    return run
+
+
+def with_peak(peak: float) -> dict[str, Any]:
+    return {"flux": {**MEMORY["flux"], "peak_gib": peak}}
+
+
+def test_what_is_expected_passes(run: Run) -> None:
+    assert run(MEMORY) == 0
+
+
+@pytest.mark.parametrize(("peak", "raised"), [(9.6, True), (9.4, False)])
+def test_a_number_fails_both_ways(
+    run: Run, repository: Path, capsys: pytest.CaptureFixture[str], peak: float, raised: bool
+) -> None:
+    assert run(with_peak(peak)) == 1
+    said = capsys.readouterr().out
+    assert f"`memory / flux`: peak_gib 9.5 -> {peak}" in said
+    assert ("(raised)" in said) == raised
+    assert (f"- `memory / flux`: peak_gib 9.5 -> {peak}. WHY" in said) == raised
+    replacement = e.read(repository / "benchmarks/expected/static.new.json")
+    assert replacement.gates["memory"]["flux"]["peak_gib"] == peak
+
+
+def test_new_gone_and_changed_cases_fail(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run({"sdxl": {"peak_gib": 1.0}}) == 1
+    said = capsys.readouterr().out
+    assert "`memory / flux`: gone" in said and "`memory / sdxl`: new" in said
+    assert run({"flux": {**MEMORY["flux"], "parts": ["a", "c"]}}) == 1
+    assert "`memory / flux`: parts: -b, +c" in capsys.readouterr().out
+    assert run({"flux": {**MEMORY["flux"], "module": "blocks.4"}}) == 1
+
+
+def test_a_raise_is_written_with_its_reason(run: Run, repository: Path) -> None:
+    with pytest.raises(FasttuneError, match="--reason"):
+        run(with_peak(9.6), "--write")
+    assert run(MEMORY) == 0  # nothing was written
+    assert run(with_peak(9.6), "--write", "--reason", "A larger table.") == 0
+    log = (repository / "benchmarks/LOG.md").read_text()
+    assert "- `memory / flux`: peak_gib 9.5 -> 9.6. A larger table.\n" in log
+    assert log.index("A larger table") < log.index("## 2026-01-01")
+    assert run(with_peak(9.6)) == 0
+    commit(repository)
+    assert run(with_peak(9.6)) == 0
+
+
+def test_an_improvement_is_written_without_a_reason(run: Run, repository: Path) -> None:
+    assert run(with_peak(9.0), "--write") == 0
+    assert "9.0" not in (repository / "benchmarks/LOG.md").read_text()
+    assert run(with_peak(9.0)) == 0
+
+
+def test_a_raise_by_hand_is_found_even_after_later_commits(
+    run: Run, repository: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = repository / "benchmarks/expected/static.json"
+    path.write_text(path.read_text().replace("9.5", "9.9"))
+    assert run(with_peak(9.9)) == 1
+    assert "RAISED WITHOUT A LINE" in capsys.readouterr().out
+    commit(repository)
+    path.write_text(path.read_text().replace("9.9", "9.8"))
+    commit(repository)
+    assert run(with_peak(9.8)) == 1
+    assert "peak_gib 9.5 -> 9.9" in capsys.readouterr().out
+    log = repository / "benchmarks/LOG.md"
+    log.write_text(log.read_text() + "- `memory / flux`: peak_gib 9.5 -> 9.9. Needed.\n")
+    assert run(with_peak(9.8)) == 0
+
+
+def test_other_versions_are_not_compared_and_fail_when_strict(
+    run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(gates, "installed_versions", lambda: {**VERSIONS, "torch": "2.14.0"})
+    assert run(with_peak(11.0)) == 0
+    said = capsys.readouterr().out
+    assert "NOT COMPARED  memory: torch 2.14.0, not 2.13.0" in said and "constraints.txt" in said
+    assert run(with_peak(11.0), "--strict") == 1
+
+
+def test_a_problem_fails_and_cannot_be_written(
+    run: Run, repository: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spilling = {"norm / sm_89": {"registers": 255, "problem": "1656 B spilled"}}
+    before = (repository / "benchmarks/expected/static.json").read_text()
+    assert run(MEMORY, "--write", codegen=spilling) == 1
+    assert (repository / "benchmarks/expected/static.json").read_text() == before
+    assert "PROBLEM  `codegen / norm / sm_89`: 1656 B spilled" in capsys.readouterr().out
+
+
+def test_a_damaged_expectation_says_what_to_do(run: Run, repository: Path) -> None:
+    (repository / "benchmarks/expected/static.json").write_text("{")
+    with pytest.raises(FasttuneError, match="git checkout"):
+        run(MEMORY)
+
+
+def test_the_file_has_one_case_a_line() -> None:
+    text = e.to_json(e.Expectation(VERSIONS, {"memory": {**MEMORY, "sdxl": {"peak_gib": 1.0}}}))
+    assert json.loads(text)["gates"]["memory"]["sdxl"] == {"peak_gib": 1.0}
+    assert sum('"peak_gib"' in line for line in text.splitlines()) == 2
+    assert e.parse(text, "x") == e.Expectation(
+        VERSIONS, {"memory": {**MEMORY, "sdxl": {"peak_gib": 1.0}}}
+    )
