@@ -1,0 +1,132 @@
+"""Steps without weights and data are the run's steps in everything but the values."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+from benchmarks.static.models import CONFIG_FILES, MODEL_FOLDERS, config_named, shipped_configs
+from fasttune.config import Config
+from fasttune.device import Placement, place
+from fasttune.models import MODELS
+from fasttune.models.weights import read_config
+from fasttune.optim import chunks
+from fasttune.rehearsal import gpu_placement, rehearse
+
+QUICKSTART = Path(__file__).parents[1] / "configs" / "quickstart" / "model"
+
+
+def cpu(config: Config) -> Placement:
+    adapter = config.adapter.type != "none"
+    return place(device="cpu", base="fp32", compute="fp32", adapter=adapter)
+
+
+@pytest.fixture
+def quickstart() -> Config:
+    config = config_named("quickstart")
+    return replace(config, train=replace(config.train, batch_size=2, gradient_accumulation=2))
+
+
+def test_real_steps_are_finite_and_repeat(quickstart: Config) -> None:
+    def losses() -> list[float]:
+        rehearsal = rehearse(quickstart, QUICKSTART, placement=cpu(quickstart))
+        return [rehearsal.take_step().item() for _ in range(12)]
+
+    first = losses()
+    assert first == losses()
+    assert all(0 < loss < 100 for loss in first)
+
+
+def test_what_trains_is_what_the_config_says(quickstart: Config) -> None:
+    rehearsal = rehearse(quickstart, QUICKSTART, placement=cpu(quickstart))
+    before = {n: p.detach().clone() for n, p in rehearsal.denoiser.named_parameters()}
+    for _ in range(3):  # the first has lr 0, the second moves B alone, which starts at zero
+        rehearsal.take_step()
+    changed = {n for n, p in rehearsal.denoiser.named_parameters() if not p.equal(before[n])}
+    assert changed == {n for n in before if "lora_" in n}
+
+
+def test_the_generators_of_the_caller_are_left_alone(quickstart: Config) -> None:
+    torch.manual_seed(3)
+    expected = torch.rand(4)
+    torch.manual_seed(3)
+    rehearse(quickstart, QUICKSTART, placement=cpu(quickstart))
+    assert torch.rand(4).equal(expected)
+
+
+def test_fake_steps_make_no_real_tensor() -> None:
+    config = config_named("sd1-lora-8gb")
+    with FakeTensorMode():
+        rehearsal = rehearse(
+            config, MODEL_FOLDERS["sd15"], placement=gpu_placement(config), device_type="cuda"
+        )
+        loss = rehearsal.take_step()
+    assert isinstance(loss, FakeTensor)
+    assert all(isinstance(p, FakeTensor) for p in rehearsal.denoiser.parameters())
+    base = rehearsal.denoiser.get_parameter("conv_in.weight")
+    assert base.dtype == torch.bfloat16 and rehearsal.batch.latent_mean.shape == (2, 4, 64, 64)
+
+
+def test_fake_tensors_are_chunked_as_on_the_device_they_stand_for() -> None:
+    params = [torch.nn.Parameter(torch.empty(1 << 19)) for _ in range(6)]
+    assert len(list(chunks.bounded(params))) == 3
+    with chunks.chunked_as_on("cuda"):
+        assert len(list(chunks.bounded(params))) == 1
+    assert len(list(chunks.bounded(params))) == 3
+
+
+def test_full_training_keeps_fp32_weights_on_a_gpu() -> None:
+    placement = gpu_placement(config_named("sdxl-full-24gb"))
+    assert (placement.base_dtype, placement.compute_dtype) == (torch.float32, torch.bfloat16)
+    assert gpu_placement(config_named("tiny-sdxl")).compute_dtype == torch.float32
+
+
+def test_every_shipped_config_has_its_model() -> None:
+    found = list(shipped_configs())
+    assert [name for name, _, _ in found] == [path.stem for path in CONFIG_FILES]
+    for _, config, folder in found:
+        spec = MODELS[config.model.family]
+        assert (folder / spec.denoiser_folder / "config.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("name", "family", "expected"),
+    [
+        # shapes of the released models' inputs at 1024 x 768 pixels
+        (
+            "flux-dev",
+            "flux",
+            {
+                "latents": (16, 96, 128),
+                "text_embeddings": (512, 4096),
+                "pooled_text_embeddings": (768,),
+            },
+        ),
+        (
+            "flux-schnell",
+            "flux",
+            {
+                "latents": (16, 96, 128),
+                "text_embeddings": (256, 4096),
+                "pooled_text_embeddings": (768,),
+            },
+        ),
+        (
+            "sdxl",
+            "sdxl",
+            {
+                "latents": (4, 96, 128),
+                "text_embeddings": (77, 2048),
+                "pooled_text_embeddings": (1280,),
+            },
+        ),
+        ("sd15", "sd1", {"latents": (4, 96, 128), "text_embeddings": (77, 768)}),
+        ("sd21", "sd2", {"latents": (4, 96, 128), "text_embeddings": (77, 1024)}),
+    ],
+)
+def test_input_shapes(name: str, family: str, expected: dict[str, tuple[int, ...]]) -> None:
+    spec = MODELS[family]
+    config = read_config(MODEL_FOLDERS[name], spec.denoiser_folder)
+    assert spec.input_shapes(config, 1024, 768) == expected
