@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from markupsafe import Markup
 
 from fasttune.charts import (
-    HEIGHT,
     WIDTH,
     Axis,
     dots_path,

@@ -20,6 +20,7 @@ FACTS = frozenset(
     """
     measurement case time commit changed_files torch triton python cpu cores threads gpu driver clocks
     temperature load_average samples quick rounds runs starts steps pairs checksum
+    memory_gib processors cuda cudnn clock_mhz memory_clock_mhz temperature_c power_w
     """.split()
 )
 """Keys that describe a row and are no measurement."""
@@ -27,7 +28,7 @@ FACTS = frozenset(
 _METRIC = re.compile(
     r"(^|_)(ms|us|ns|s|gib|mib|kib|bytes|u|ratio|mfu|launches|recompiles|(\w+_)?per_s)$"
 )
-_COMPANION = re.compile(r"^(mean|p10|p20|p80|p90|fastest|slowest)_|_(p10|p20|p80|p90|low|high)$")
+_COMPANION = re.compile(r"(^|_)(mean|p10|p20|p80|p90|fastest|slowest)(_|$)|_(low|high)$")
 """Other numbers of the same samples."""
 
 
@@ -139,10 +140,10 @@ def _read_file(path: Path, reading: Reading) -> None:
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError as error:
-        reading.odd.append(Odd(_short(path), f"cannot be read: {error.strerror}"))
+        reading.odd.append(Odd(shortened(path), f"cannot be read: {error.strerror}"))
         return
     for index, line in enumerate(lines, start=1):
-        place = f"{_short(path)}:{index}"
+        place = f"{shortened(path)}:{index}"
         if not line.strip():
             continue
         try:
@@ -167,7 +168,7 @@ def _not_finite(value: object) -> bool:
     return isinstance(value, float) and not math.isfinite(value)
 
 
-def _short(path: Path) -> str:
+def shortened(path: Path) -> str:
     """Below the source tree if it is there."""
     path = path.resolve()
     return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
@@ -180,21 +181,21 @@ def read_expected(path: Path, odd: list[Odd]) -> tuple[dict[str, str], dict[str,
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError, RecursionError) as error:
-        odd.append(Odd(_short(path), f"cannot be read: {error}"))
+        odd.append(Odd(shortened(path), f"cannot be read: {error}"))
         return {}, {}
     gates: dict[str, dict[str, Row]] = {}
     stored = found.get("gates") if isinstance(found, dict) else None
     if not isinstance(stored, dict):
-        odd.append(Odd(_short(path), "has no gates"))
+        odd.append(Odd(shortened(path), "has no gates"))
         return {}, {}
     for gate, cases in stored.items():
         for case, row in cases.items() if isinstance(cases, dict) else ():
             if isinstance(row, dict):
                 gates.setdefault(gate, {})[case] = row
             else:
-                odd.append(Odd(f"{_short(path)}: {gate} / {case}", "is no object"))
+                odd.append(Odd(f"{shortened(path)}: {gate} / {case}", "is no object"))
         if not isinstance(cases, dict):
-            odd.append(Odd(f"{_short(path)}: {gate}", "is no object"))
+            odd.append(Odd(f"{shortened(path)}: {gate}", "is no object"))
     versions = found.get("versions")
     return {k: str(v) for k, v in versions.items()} if isinstance(versions, dict) else {}, gates
 

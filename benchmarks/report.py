@@ -1,0 +1,92 @@
+"""`fasttune bench report`: all that was measured, and all that the gates expect, on one page.
+
+The page is one file without a byte from elsewhere, for a browser, a phone or paper. What it shows is
+in report_sections.py, how in report_plots.py and report.html.jinja.
+"""
+
+import argparse
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+
+from benchmarks.harness import RESULTS, ROOT
+
+OUT = ROOT / "benchmarks" / "report.html"
+SUBTITLE = (
+    "What a training step takes, counted without a GPU and held exact at every commit, and what was "
+    "measured on the machines that were at hand."
+)
+EXPECTED = ROOT / "benchmarks" / "expected" / "static.json"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", type=Path, default=OUT, help="default benchmarks/report.html")
+    parser.add_argument(
+        "--results",
+        type=Path,
+        nargs="+",
+        default=[RESULTS],
+        metavar="FILE_OR_FOLDER",
+        help="rows; default benchmarks/results",
+    )
+    parser.add_argument(
+        "--expected",
+        type=Path,
+        default=EXPECTED,
+        metavar="FILE",
+        help="what the static gates expect; default benchmarks/expected/static.json",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Writes the page and prints its path. FasttuneError for results that are absent."""
+    from fasttune.run_folder import write_text
+
+    page = render(args.results, args.expected)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    write_text(args.out, page)
+    print(args.out)
+    return 0
+
+
+def render(results: Sequence[Path], expected: Path) -> str:
+    """The page as text."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    import fasttune
+    from benchmarks import report_sections as sections
+    from benchmarks.report_rooflines import rooflines
+    from benchmarks.report_rows import histories, read_expected, read_results, shortened
+    from benchmarks.roofline import load_cards
+
+    reading = read_results(results)
+    odd = reading.odd
+    versions, gates = read_expected(expected, odd)
+    cards = load_cards()
+    peaks = gates.get("memory", {})
+    sizes = {name: card.memory_gib for name, card in cards.items()}
+    found = [
+        sections.memory(peaks, odd),
+        sections.roofline_times(gates.get("flops", {}), peaks, sizes),
+        sections.blocks(gates.get("blocks", {})),
+        sections.launches(gates.get("launches", {})),
+        rooflines(reading.results, odd),
+        sections.ratios(reading.results),
+        *sections.history(histories(reading.results)),
+        sections.other_gates(gates, versions),
+        sections.oddities(odd),
+    ]
+    environment = Environment(
+        loader=FileSystemLoader([Path(__file__).parent, Path(fasttune.__file__).parent]),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("report.html.jinja").render(
+        subtitle=SUBTITLE,
+        tiles=sections.tiles(reading.results, gates),
+        sections=[section for section in found if section is not None],
+        written=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
+        files=[shortened(path) for path in [*results, expected] if path.exists()],
+    )
