@@ -44,6 +44,7 @@ ALLOWED = {
     "fasttune/models": {"fasttune.models", "fasttune.errors", "fasttune_kernels"},
     "fasttune/data": {"fasttune.data", "fasttune.errors", "fasttune.seeds"},
     "fasttune/optim": {"fasttune.optim", "fasttune.errors", "fasttune_kernels"},
+    "fasttune/memory": {"fasttune.memory", "fasttune.errors", "fasttune_kernels"},
     "fasttune/adapters": {"fasttune.adapters", "fasttune.errors", "fasttune_kernels"},
     "fasttune/config.py": set(),
     "fasttune/errors.py": set(),
