@@ -94,7 +94,7 @@ def rehearse(
             forward=step_for(
                 config, spec, denoiser, objective_for(config, spec, folder), placement, folder
             ),
-            batch=_batch(config, spec, folder, placement, size or (resolution, resolution)),
+            batch=random_batch(config, spec, folder, placement, size or (resolution, resolution)),
             device_type=device_type or placement.device.type,
         )
 
@@ -141,7 +141,7 @@ def _without_weights(spec: ModelSpec, folder: Path, placement: Placement) -> nn.
     return denoiser
 
 
-def _batch(
+def random_batch(
     config: Config, spec: ModelSpec, folder: Path, placement: Placement, size: tuple[int, int]
 ) -> Batch:
     """Random latents and conditions of the shapes and dtypes that the cache would give."""
