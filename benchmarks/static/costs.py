@@ -79,7 +79,8 @@ class CountCosts(TorchDispatchMode):
         if kind == "view":
             return
         flops = flops_of(func, args, kwargs, result)
-        read, written = _bytes((args, kwargs)), _bytes(result)
+        read = _bytes((args, kwargs))
+        written = _bytes((result, _overwritten(func, args, kwargs)))  # of both, each once
         c = self.costs
         c.flops += flops
         c.bytes += read + written
@@ -99,6 +100,15 @@ def flops_of(func: Any, args: Any, kwargs: Any, result: Any) -> int:
 
 def _tensors(tree: Any) -> Iterable[Tensor]:
     return (leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
+
+
+def _overwritten(func: Any, args: Any, kwargs: Any) -> list[Any]:
+    """The arguments an op writes to, by its schema; in-place multi-tensor ops return nothing."""
+    named = zip(func._schema.arguments, args, strict=False)
+    given = [(a, value) for a, value in named] + [
+        (a, kwargs[a.name]) for a in func._schema.arguments if a.name in kwargs
+    ]
+    return [value for a, value in given if a.alias_info is not None and a.alias_info.is_write]
 
 
 def _bytes(tree: Any) -> int:
