@@ -21,8 +21,8 @@ from fasttune.charts import (
     nice_axis,
 )
 
-MAX_COLOURS = 8
-"""Classes fill-0 to fill-7 of the page's style; further ones begin anew."""
+MAX_COLOURS = 9
+"""Classes fill-0 to fill-8 of the page's style; further ones begin anew."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,15 +64,16 @@ class Mark:
     name: str
 
 
-def log_axis(low: float, high: float, *, base: int = 10) -> tuple[Axis, list[str]]:
-    """Axis over the exponents of a positive range, ticks at powers of the base, and their texts. Of
-    many powers every second, third, ... has its tick."""
-    first = math.floor(math.log(low, base) + 1e-9)
-    last = max(math.ceil(math.log(high, base) - 1e-9), first + 1)
-    every = math.ceil((last - first) / 8)
-    ticks = range(first, last + 1, every)
-    texts = [f"{base**tick:g}" if tick >= 0 else format_number(base**tick) for tick in ticks]
-    return Axis(first, last, tuple(float(tick) for tick in ticks)), texts
+def log_axis(low: float, high: float) -> tuple[Axis, list[str]]:
+    """Axis over the decimal exponents of a positive range with a margin, and the ticks' texts: 1, 2
+    and 5 times the powers of ten, of many powers those alone."""
+    low, high = math.log10(low) - 0.08, math.log10(high) + 0.08
+    powers = range(math.floor(low), math.ceil(high) + 1)
+    factors = (1, 2, 5) if high - low < 2.5 else (1,)
+    every = math.ceil(len(powers) / 8)
+    values = [f * 10.0**power for power in powers[::every] for f in factors]
+    shown = [value for value in values if low <= math.log10(value) <= high]
+    return Axis(low, high, tuple(math.log10(v) for v in shown)), [f"{v:,g}" for v in shown]
 
 
 def rows_plot(
@@ -98,7 +99,7 @@ def rows_plot(
     if ratio:
         values = [math.log2(v) for v in [*values, 1.0]]
         axis = nice_axis(min(values), max(values), num_ticks=4)
-        ticks = [format_number(2**tick) for tick in axis.ticks]
+        ticks = [f"{2**tick:.3g}" for tick in axis.ticks]
         shown.append(Mark(1.0, "equal"))
     else:
         axis = nice_axis(min(0.0, *values), max(values), num_ticks=5)
@@ -112,21 +113,28 @@ def rows_plot(
         ""
     ).join(_vertical("mark", place(mark.value)) for mark in shown)
 
-    def bar(items: Sequence[Part | Interval]) -> Markup:
-        return Markup().join(_draw(item, place) for item in items)
+    def strip(items: Sequence[Part | Interval], style: str = "") -> Markup:
+        return Markup(
+            '<svg viewBox="0 0 {w} 10" preserveAspectRatio="none" aria-hidden="true"{style}>'
+            "{lines}{drawn}</svg>"
+        ).format(
+            w=WIDTH,
+            style=Markup(' class="{}"').format(style) if style else "",
+            lines=lines,
+            drawn=Markup().join(_draw(item, place) for item in items),
+        )
 
     drawn = Markup().join(
-        Markup('<div class="name">{name}</div><div class="bars">{bars}</div>').format(
+        Markup(
+            '<div class="name">{name}</div><div class="bars">{bars}</div>'
+            '<div class="value">{value}</div>'
+        ).format(
             name=row.name,
-            bars=Markup().join(
-                Markup(
-                    '<svg viewBox="0 0 {w} 10" preserveAspectRatio="none" aria-hidden="true">'
-                    "{lines}{bar}</svg>"
-                ).format(w=WIDTH, lines=lines, bar=bar(items))
-                for items in row.bars
-            ),
+            value=row.value,
+            # Between groups of bars a strip of nothing but lines.
+            bars=Markup().join(map(strip, row.bars))
+            + (strip([], "gap") if len(row.bars) > 1 else ""),
         )
-        + Markup('<div class="value">{}</div>').format(row.value)
         for row in rows
     )
     keys = Markup().join(
@@ -137,7 +145,7 @@ def rows_plot(
     return Markup(
         '<figure class="chart"><figcaption><b>{title}</b><span class="unit">{unit}</span>{note}{legend}'
         '</figcaption><div class="rows" role="img" aria-label="{label}">'
-        '<div class="over" aria-hidden="true">{marks}</div>{drawn}'
+        "{over}{drawn}"
         '<div class="under" aria-hidden="true">{ticks}</div></div></figure>'
     ).format(
         title=title,
@@ -145,7 +153,11 @@ def rows_plot(
         note=Markup('<span class="note">{}</span>').format(note) if note else "",
         legend=Markup('<ul class="legend">{}</ul>').format(keys) if legend else "",
         label=label,
-        marks=Markup().join(_at(place(mark.value), mark.name) for mark in shown),
+        over=Markup('<div class="over" aria-hidden="true">{}</div>').format(
+            Markup().join(_at(place(mark.value), mark.name) for mark in shown)
+        )
+        if shown
+        else "",
         drawn=drawn,
         ticks=Markup().join(
             _at(axis.share(tick), text) for tick, text in zip(axis.ticks, ticks, strict=True)
@@ -221,7 +233,7 @@ def roofline_plot(
         return None
     ridges = [c.rate / c.bandwidth for c in ceilings if c.bandwidth > 0]
     xs = [dot.x for dot in dots] + ridges
-    x_axis, x_ticks = log_axis(min(xs), max(xs) * 2)
+    x_axis, x_ticks = log_axis(min(xs) / 2, max(xs) * 2)
     ys = [dot.y for dot in dots] + [c.rate for c in ceilings]
     y_axis, y_ticks = log_axis(min(ys), max(ys))
 

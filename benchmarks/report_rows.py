@@ -201,13 +201,17 @@ def read_expected(path: Path, odd: list[Odd]) -> tuple[dict[str, str], dict[str,
 
 
 def metrics(row: Mapping[str, Any]) -> list[str]:
-    """Keys that hold a measurement, by the unit in their name."""
+    """Keys that hold a measurement, by the unit in their name. Rates beside samples of a time are
+    left out: they follow from it."""
+    stored = row.get("samples")
+    sampled = stored if isinstance(stored, dict) else {}
     return [
         key
         for key, value in row.items()
         if key not in FACTS
         and _METRIC.search(key)
         and not _COMPANION.search(key)
+        and not (sampled and key.endswith("_per_s") and key not in sampled)
         and (number(value) is not None or numbers(value))
     ]
 

@@ -139,9 +139,10 @@ def roofline_times(cases: Cases, peaks: Cases, memory_gib: Mapping[str, float]) 
             return exact(row.get(card))
         peak = number(peaks.get(case, {}).get("peak_gib"))
         size = memory_gib.get(card.removeprefix(prefix))
+        if peak is not None and size is not None and peak > size:
+            return Cell(f"{time:,.1f}", is_number=True, is_over=True)
         heat = 6 + round(34 * (math.log(time) - low) / (high - low or 1.0))
-        is_over = peak is not None and size is not None and peak > size
-        return Cell(f"{time:,.4g}" if time < 1e4 else f"{time:,.0f}", True, heat, is_over)
+        return Cell(f"{time:,.1f}", is_number=True, heat=heat)
 
     tables = []
     if cards:
@@ -153,7 +154,7 @@ def roofline_times(cases: Cases, peaks: Cases, memory_gib: Mapping[str, float]) 
                 rows,
                 is_open=True,
                 note="Milliseconds. Struck out where the counted peak above is larger than the card's "
-                "memory. The darker, the slower.",
+                "memory. The stronger the colour, the slower.",
             )
         )
     if cases:
