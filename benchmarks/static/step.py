@@ -23,7 +23,6 @@ from fasttune.rehearsal import Rehearsal, gpu_placement, rehearse
 
 VERSIONS = ("torch",)
 GIB = 2**30
-MIB = 2**20
 
 
 def rows() -> Iterator[Row]:
@@ -89,13 +88,13 @@ def flops_row(name: str, config: Config, costs: Costs) -> Row:
     """Work of a step, and the least time it can take on each card as eager PyTorch moves it."""
     fp32 = gpu_placement(config).compute_dtype.itemsize == 4
     cards = {
-        f"step_ms {name}": round(step_ms(costs.ops, card, "fp32" if fp32 else "bf16"), 1)
+        f"step_ms {name}": _digits(step_ms(costs.ops, card, "fp32" if fp32 else "bf16"))
         for name, card in load_cards().items()
     }
     return {
         "gate": "flops",
         "case": name,
-        "tflop": round(costs.flops / 1e12, 3),
+        "tflop": _digits(costs.flops / 1e12, 8),
         "moved_gib": gib(costs.bytes),
         **cards,
     }
@@ -111,5 +110,9 @@ def launches_row(name: str, costs: Costs) -> Row:
 
 
 def gib(size: int) -> float:
-    """GiB, to a tenth of a MiB: no two counts that differ by more look the same."""
-    return round(size / GIB, 4)
+    """GiB, to a KiB."""
+    return round(size / GIB, 6)
+
+
+def _digits(value: float, count: int = 4) -> float:
+    return float(f"{value:.{count}g}")
