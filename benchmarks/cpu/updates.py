@@ -140,7 +140,7 @@ def adamw_bf16(folder: Path, *, quick: bool) -> Iterator[Contest]:
             "torch AdamW(foreach=True)": _Other(
                 lambda params: torch.optim.AdamW(params, **_adamw_numbers(), foreach=True),
                 differs="keeps the moments in bf16, where the second one stops moving",
-                tolerance=2**-6,
+                tolerance=2**-8,
             ),
         },
         quick=quick,
@@ -188,8 +188,8 @@ def lion(folder: Path, *, quick: bool) -> Iterator[Contest]:
 
 
 class _Other:
-    """Another optimizer, and how close its weights must come to ours in two updates: relative to an
-    update's size; None where they are meant to differ."""
+    """Another optimizer, and how close its weights must come to ours in two updates (see
+    `_check_updates`); None where they are meant to differ."""
 
     def __init__(
         self,
@@ -243,8 +243,9 @@ def _two_steps(optimizer: Optimizer, named: Named) -> list[Tensor]:
 def _check_updates(
     start: list[Tensor], ours: list[Tensor], theirs: list[Tensor], tolerance: float, name: str
 ) -> None:
-    """RuntimeError if the mean difference of the updates is more than `tolerance` of a weight's
-    unit in bf16 weights, or of the mean update in float32."""
+    """RuntimeError if the weights differ by more than `tolerance`, on average, of an update; for
+    bf16 weights, whose rounding is as large as an update, of a weight: at 2^-8 by a third of
+    the two updates."""
     difference = sum(
         float((a.float() - b.float()).abs().sum()) for a, b in zip(ours, theirs, strict=True)
     )
