@@ -30,11 +30,12 @@ TOLERANCE = 1e-4
 """Between the losses, relative: float32 sums in another order."""
 
 
-def quickstart_rehearsal(batch_size: int | None = None) -> Rehearsal:
-    """The quickstart's step on the CPU with random weights."""
+def quickstart_rehearsal(batch_size: int | None = None, device: str = "cpu") -> Rehearsal:
+    """The quickstart's step on a "cpu" or "cuda" device, with random weights."""
     config = load_config(ROOT / "configs" / "quickstart.toml")
     train = replace(config.train, batch_size=batch_size or config.train.batch_size)
-    config = replace(config, run=replace(config.run, device="cpu"), train=train)
+    run = replace(config.run, device=device)  # type: ignore[arg-type]
+    config = replace(config, run=run, train=train)
     return rehearse(config, MODEL, placement=placement_for(config))
 
 

@@ -33,7 +33,7 @@ def set_gradients(named: Named) -> None:
     """Gradients that repeat."""
     g = generator_for(0, "gradients")
     for _, p in named:
-        p.grad = (0.01 * torch.randn(p.shape, generator=g)).to(p.dtype)
+        p.grad = (0.01 * torch.randn(p.shape, generator=g)).to(p.device, p.dtype)
 
 
 def num_weights(named: Named) -> int:
