@@ -55,7 +55,7 @@ def render(results: Sequence[Path], expected: Path) -> str:
 
     import fasttune
     from benchmarks import report_sections as sections
-    from benchmarks.report_kernels import kernels
+    from benchmarks.report_gpu import kernels, steps
     from benchmarks.report_rows import histories, read_expected, read_results, shortened
     from benchmarks.roofline import load_cards
 
@@ -70,6 +70,7 @@ def render(results: Sequence[Path], expected: Path) -> str:
         sections.roofline_times(gates.get("flops", {}), peaks, sizes),
         sections.blocks(gates.get("blocks", {})),
         sections.launches(gates.get("launches", {})),
+        *steps(reading.results),
         *kernels(reading.results, odd),
         sections.ratios(reading.results),
         *sections.history(histories(reading.results)),

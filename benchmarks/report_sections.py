@@ -379,10 +379,11 @@ def tiles(results: Sequence[Result], gates: Mapping[str, Cases]) -> list[Tile]:
         most = max(known, key=lambda case: known[case])
         detail = f"largest peak {known[most]:.1f} GiB, {most}"
         found.append(Tile("Training steps counted", str(len(known)), detail))
-    count = sum(len(cases) for cases in gates.values())
-    values = sum(len(row) for cases in gates.values() for row in cases.values())
-    if count:
-        found.append(Tile("Exact gates", f"{count:,} cases", f"{values:,} values"))
+    rows = [row for cases in gates.values() for row in cases.values()]
+    if rows:
+        bad = sum(bool(row.get("problem")) for row in rows)
+        detail = f"{bad} with a problem" if bad else f"{sum(map(len, rows)):,} values held exact"
+        found.append(Tile("Exact gates", f"{len(rows):,} cases", detail, "worse" if bad else ""))
     if results:
         machines = len({result.machine for result in results})
         last = max(result.time for result in results)[:10]

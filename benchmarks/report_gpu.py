@@ -1,18 +1,20 @@
-"""Kernels of each GPU under its ceilings: a section of the results' page.
+"""What was measured on GPUs, in sections of the results' page: training steps, and kernels under
+the ceilings of their run.
 
-Cases whose products count lie on a roofline. Most kernels have none: they move bytes, and what tells how
+Kernels whose products count lie on a roofline. Most kernels have none: they move bytes, and what tells how
 good they are is the share of the least time that the ceilings of the same run allow.
 """
 
 from collections.abc import Sequence
 from dataclasses import replace
 
-from benchmarks.report_page import Cell, Section, Table, exact
+from benchmarks.report_page import Cell, Section, Table, case_table, exact
 from benchmarks.report_plots import (
     Ceiling,
     Dot,
     Interval,
     Mark,
+    Part,
     PlotRow,
     roofline_plot,
     rows_plot,
@@ -27,7 +29,60 @@ _LEAD = (
     "least time the same run's ceilings (a large copy, a large matrix product) allow for the bytes that "
     "must be moved and the products that must be computed. Products are on the roofline as well."
 )
+_PEAKS = ("measured", "counted on fake tensors")
+_BESIDE = frozenset("measurement case samples cpu cores threads python gpu load_average".split())
+"""Keys of a row that a table of steps does without."""
 _EMPTY = "No GPU rows yet: run benchmarks/gpu/run.sh."
+
+
+def steps(results: Sequence[Result]) -> list[Section]:
+    """Training steps, a section a GPU; one that is empty if there is none."""
+    machines: dict[str, list[Result]] = {}
+    for result in newest(results):
+        if result.row.get("gpu") and (number(result.row.get("step_ms")) or 0) > 0:
+            machines.setdefault(result.machine, []).append(result)
+    sections = [
+        _steps_section(gpu, found, f"steps-{index}" if index else "steps")
+        for index, (gpu, found) in enumerate(machines.items())
+    ]
+    return sections or [Section("steps", "Training steps", "", _EMPTY)]
+
+
+def _steps_section(gpu: str, results: Sequence[Result], name: str) -> Section:
+    times, peaks, cases = [], [], {}
+    for result in results:
+        row = result.row
+        label = result.case or result.measurement
+        if label in cases:
+            label = f"{result.measurement}: {label}"
+        cases[label] = {key: row[key] for key in row if key not in _BESIDE}
+        ms = number(row.get("step_ms")) or 0.0
+        low, high = (number(row.get(f"step_ms_{q}")) or ms for q in ("p20", "p80"))
+        text = f"{label}: {ms:,.1f} ms, {low:,.1f} to {high:,.1f}, at {result.commit}"
+        times.append(PlotRow(label, [[Part(0, 0.0, ms, text)]], f"{ms:,.0f}"))
+        measured, counted = number(row.get("peak_gib")), number(row.get("predicted_peak_gib"))
+        bars = [
+            [Part(colour, 0.0, peak, f"{label}, {kind}: {peak:.2f} GiB")]
+            for colour, (kind, peak) in enumerate(zip(_PEAKS, (measured, counted), strict=True))
+            if peak is not None and peak >= 0
+        ]
+        if measured is not None:
+            known = [peak for peak in (measured, counted) if peak is not None]
+            peaks.append(PlotRow(label, bars, "\n".join(f"{peak:.2f}" for peak in known)))
+    charts = [
+        rows_plot("Step time", times, unit="ms", note="left is better"),
+        rows_plot("Peak memory", peaks, unit="GiB", legend=list(enumerate(_PEAKS))),
+    ]
+    return Section(
+        name,
+        f"Training steps on {gpu}",
+        "Forward, backward and update at full size, with random weights and synthetic data. A name says "
+        "model, what is trained, precision, activations, batch size, side of the images in pixels, and "
+        "the memory cap if there was one.",
+        _EMPTY,
+        charts=[chart for chart in charts if chart is not None],
+        tables=[case_table("Numbers: training steps", cases, first="case")],
+    )
 
 
 def kernels(results: Sequence[Result], odd: list[Odd]) -> list[Section]:
