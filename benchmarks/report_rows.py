@@ -5,7 +5,6 @@ with its place and reason, and the page lists it.
 """
 
 import json
-import math
 import re
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
@@ -24,6 +23,9 @@ FACTS = frozenset(
     """.split()
 )
 """Keys that describe a row and are no measurement."""
+
+LARGEST = 1e18
+"""Numbers beyond, and what is not finite, are no measurements and would break an axis."""
 
 _METRIC = re.compile(
     r"(^|_)(ms|us|ns|s|gib|mib|kib|bytes|u|ratio|mfu|launches|recompiles|(\w+_)?per_s)$"
@@ -106,14 +108,10 @@ class History:
 
 
 def number(value: object) -> float | None:
-    """The value if it is a finite number, else None. A bool is none."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    """The value if it is a number that something can measure, else None. A bool is none."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < LARGEST:
         return None
-    try:
-        found = float(value)
-    except OverflowError:  # JSON has integers of any size
-        return None
-    return found if math.isfinite(found) else None
+    return float(value) if abs(value) > 1 / LARGEST else 0.0
 
 
 def numbers(value: object) -> list[float]:
@@ -154,18 +152,19 @@ def _read_file(path: Path, reading: Reading) -> None:
         if not isinstance(row, dict) or not isinstance(row.get("measurement"), str):
             reading.odd.append(Odd(place, "has no measurement"))
             continue
-        bad = [key for key, value in row.items() if _not_finite(value)]
+        bad = [key for key, value in row.items() if _has_no_number(value)]
         if bad:
-            reading.odd.append(Odd(place, f"not finite: {', '.join(bad)}"))
+            reading.odd.append(Odd(place, f"not finite or too large: {', '.join(bad)}"))
         reading.results.append(Result(place, row))
 
 
-def _not_finite(value: object) -> bool:
+def _has_no_number(value: object) -> bool:
+    """Whether a number in it is not finite or too large."""
     if isinstance(value, dict):
-        return any(_not_finite(item) for item in value.values())
+        return any(_has_no_number(item) for item in value.values())
     if isinstance(value, list):
-        return any(_not_finite(item) for item in value)
-    return isinstance(value, float) and not math.isfinite(value)
+        return any(_has_no_number(item) for item in value)
+    return isinstance(value, int | float) and not abs(value) < LARGEST
 
 
 def shortened(path: Path) -> str:
