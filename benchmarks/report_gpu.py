@@ -19,7 +19,7 @@ from benchmarks.report_plots import (
     roofline_plot,
     rows_plot,
 )
-from benchmarks.report_rows import Odd, Result, newest, number
+from benchmarks.report_rows import Odd, Result, newest, number, point
 from benchmarks.roofline import card_named
 
 _ORDER = ("ours", "eager", "compile")
@@ -30,7 +30,9 @@ _LEAD = (
     "must be moved and the products that must be computed. Products are on the roofline as well."
 )
 _PEAKS = ("measured", "counted on fake tensors")
-_BESIDE = frozenset("measurement case samples cpu cores threads python gpu load_average".split())
+_BESIDE = frozenset(
+    "measurement case samples cpu cores threads python gpu load_average time".split()
+)
 """Keys of a row that a table of steps does without."""
 _EMPTY = "No GPU rows yet: run benchmarks/gpu/run.sh."
 
@@ -39,7 +41,8 @@ def steps(results: Sequence[Result]) -> list[Section]:
     """Training steps, a section a GPU; one that is empty if there is none."""
     machines: dict[str, list[Result]] = {}
     for result in newest(results):
-        if result.row.get("gpu") and (number(result.row.get("step_ms")) or 0) > 0:
+        took = number(result.row.get("step_ms")) or 0.0
+        if result.row.get("gpu") and (took > 0 or result.row.get("fits") is False):
             machines.setdefault(result.machine, []).append(result)
     sections = [
         _steps_section(gpu, found, f"steps-{index}" if index else "steps")
@@ -56,10 +59,14 @@ def _steps_section(gpu: str, results: Sequence[Result], name: str) -> Section:
         if label in cases:
             label = f"{result.measurement}: {label}"
         cases[label] = {key: row[key] for key in row if key not in _BESIDE}
-        ms = number(row.get("step_ms")) or 0.0
-        low, high = (number(row.get(f"step_ms_{q}")) or ms for q in ("p20", "p80"))
-        text = f"{label}: {ms:,.1f} ms, {low:,.1f} to {high:,.1f}, at {result.commit}"
-        times.append(PlotRow(label, [[Part(0, 0.0, ms, text)]], f"{ms:,.0f}"))
+        if row.get("fits") is False:
+            times.append(PlotRow(label, [], "does not fit"))
+        elif took := point(result, "step_ms"):
+            text = f"{label}: {took.value:,.1f} ms"
+            if took.low is not None and took.high is not None:
+                text += f", 60 % of the steps within {took.low:,.1f} to {took.high:,.1f}"
+            bar = Part(0, 0.0, took.value, f"{text}, at {result.commit}")
+            times.append(PlotRow(label, [[bar]], f"{took.value:,.0f}"))
         measured, counted = number(row.get("peak_gib")), number(row.get("predicted_peak_gib"))
         bars = [
             [Part(colour, 0.0, peak, f"{label}, {kind}: {peak:.2f} GiB")]

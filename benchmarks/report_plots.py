@@ -86,13 +86,14 @@ def rows_plot(
     note: str = "",
     ratio: bool = False,
 ) -> Markup | None:
-    """Horizontal bars or intervals, a row each; None without rows.
+    """Horizontal bars or intervals, a row each; None if there is nothing to draw. A row without bars
+    shows its text.
 
     legend: colour and name. ratio: a logarithmic axis around 1, which half and double are equally far
     from; values must then be positive.
     """
-    rows = [row for row in rows if any(row.bars)]
-    if not rows:
+    rows = [row for row in rows if any(row.bars) or row.value]
+    if not any(any(row.bars) for row in rows):
         return None
     values = [v for row in rows for bar in row.bars for item in bar for v in _ends(item)]
     shown: list[Mark] = [*marks]
@@ -132,7 +133,7 @@ def rows_plot(
             name=row.name,
             value=row.value,
             # Between groups of bars a strip of nothing but lines.
-            bars=Markup().join(map(strip, row.bars))
+            bars=Markup().join(map(strip, row.bars or [[]]))
             + (strip([], "gap") if len(row.bars) > 1 else ""),
         )
         for row in rows

@@ -13,6 +13,7 @@ import pytest
 
 from benchmarks import command, report_sections
 from benchmarks.report import render
+from benchmarks.report_gpu import kernels, steps
 from benchmarks.report_plots import Ceiling, Interval, Mark, Part, PlotRow, log_axis, rows_plot
 from benchmarks.report_rows import (
     FACTS,
@@ -446,8 +447,6 @@ def test_a_ceiling_is_the_roofline_of_its_card() -> None:
 
 
 def test_dots_lie_under_the_ceilings_where_their_numbers_say(page: str) -> None:
-    from benchmarks.report_gpu import kernels
-
     chart = str(
         kernels(
             results(
@@ -485,6 +484,22 @@ def test_the_share_of_the_ceiling_has_every_contender(page: str) -> None:
     for contender in ("ours", "eager"):
         assert any(t.startswith(f"product 8x8 bf16 forward, {contender}: 80.0 %") for t in titles)
     assert any("norm 1x8x8 bf16 forward, ours: 80.0 %" in t for t in titles)
+
+
+def test_what_does_not_fit_is_shown_beside_what_does() -> None:
+    usual = {"gpu": GPU, "peak_gib": 8.0}
+    found = results(
+        row(
+            "training step", case="fits", step_ms=30.0, samples={"step_ms": [29.0, 30, 31]}, **usual
+        ),
+        row("training step", case="too large", fits=False, ended_in="a step", **usual),
+    )
+    (section,) = steps(found)
+    assert "too large: does not fit" in section.charts[0]
+    assert "60 % of the steps within 29.4 to 30.6" in section.charts[0]
+    assert len(Page(str(section.charts[0])).bars) == 1
+    assert [r[0].text for r in section.tables[0].rows] == ["fits", "too large"]
+    assert not steps(results(row(step_ms=3.0)))[0].charts  # of no GPU
 
 
 @pytest.mark.parametrize(("low", "high"), [(1.0, 1.0), (1e-9, 1e12), (3.0, 40.0), (0.5, 0.7)])
