@@ -79,7 +79,9 @@ def by_hand(rehearsal: Rehearsal) -> Callable[[int], Tensor]:
     unet.requires_grad_(False)
     a = config.adapter
     unet.add_adapter(
-        LoraConfig(r=a.rank, lora_alpha=a.alpha, target_modules=list(adapted), lora_dropout=0.0)
+        LoraConfig(
+            r=a.rank, lora_alpha=int(a.alpha), target_modules=list(adapted), lora_dropout=0.0
+        )
     )
     with torch.no_grad():
         for name, module in adapted.items():
@@ -95,7 +97,8 @@ def by_hand(rehearsal: Rehearsal) -> Callable[[int], Tensor]:
     scheduler: Any = DDPMScheduler.from_config(scheduler_config(MODEL))
     text = batch.conditions["text_embeddings"]
     added = {"text_embeds": batch.conditions["pooled_text_embeddings"], "time_ids": batch.sizes}
-    assert batch.latent_std is not None
+    max_norm = config.train.max_grad_norm
+    assert batch.latent_std is not None and max_norm is not None and a.alpha == int(a.alpha)
     mean, std = batch.latent_mean, batch.latent_std
 
     def step(number: int) -> Tensor:
@@ -107,7 +110,7 @@ def by_hand(rehearsal: Rehearsal) -> Callable[[int], Tensor]:
         prediction = unet(noisy, t, text, added_cond_kwargs=added).sample
         loss = mse_loss(prediction, noise)
         loss.backward()
-        nn.utils.clip_grad_norm_(params, config.train.max_grad_norm)
+        nn.utils.clip_grad_norm_(params, max_norm)
         optimizer.param_groups[0]["lr"] = _lr(config, number)
         optimizer.step()
         optimizer.zero_grad()

@@ -109,7 +109,7 @@ def adamw(folder: Path, *, quick: bool) -> Iterator[Contest]:
     """float32 weights: ours is torch's fused kernel, so what is measured beside it is our choice of it
     and what our way to build it costs."""
 
-    def torch_adamw(**way: bool) -> Build:
+    def torch_adamw(**way: Any) -> Build:
         return lambda params: torch.optim.AdamW(params, **_adamw_numbers(), **way)
 
     yield _optimizers(
