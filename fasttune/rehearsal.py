@@ -81,7 +81,7 @@ def rehearse(
     """
     spec = MODELS[config.model.family]
     with _drawn(config.run.seed):
-        denoiser = _without_weights(spec, folder, placement)
+        denoiser = network_without_weights(spec, folder, placement)
         adapt(config, spec, denoiser)
         set_recompute(denoiser, config.memory.activations == "recompute")
         denoiser.train()
@@ -125,7 +125,7 @@ def _drawn(seed: int) -> Iterator[None]:
 
 
 @torch.no_grad()
-def _without_weights(spec: ModelSpec, folder: Path, placement: Placement) -> nn.Module:
+def network_without_weights(spec: ModelSpec, folder: Path, placement: Placement) -> nn.Module:
     """Random weights, drawn on the device at the scale torch's layers draw theirs: vectors named
     weight are norms' and 1, biases 0, so that activations stay finite through any depth."""
     denoiser = build_on_meta(spec, folder)

@@ -1,0 +1,282 @@
+"""Time of each operation: eager, compiled, the libraries that have it, and our kernel.
+
+`python -m benchmarks.gpu.kernels [operation ...]` prints a row for each case and contender: microseconds,
+bytes and FLOPs a second, and the fraction of the least time that the ceilings of the same run allow
+for the bytes that must be moved (every input read once, every output written once, and in the
+backward the inputs and the incoming gradients again) and the products that must be computed.
+"""
+
+import argparse
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks import harness
+from benchmarks.gpu import optimizer_step
+from benchmarks.gpu.card import device_for, state
+from benchmarks.gpu.libraries import Bind, Inputs, outputs_of, why_not
+from benchmarks.gpu.operations import OPERATIONS, Draw, Operation, Sizes, bound
+from benchmarks.gpu.timing import (
+    Call,
+    Ceilings,
+    Flush,
+    Timer,
+    copies_needed,
+    measure_ceilings,
+    timer_for,
+)
+from benchmarks.ratios import abba, quantiles
+
+CEILINGS = "ceilings"
+BATCHES = (1, 4)
+ROUNDS = 10
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Timed:
+    """One case: what is called, and what the call moves and computes at least."""
+
+    case: str
+    calls: dict[str, Call]
+    copies: int
+    moved: int
+    flops: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Setting:
+    """Where and how everything is timed."""
+
+    device: torch.device
+    dtype: torch.dtype
+    flush: Flush
+    ceilings: Ceilings
+    rounds: int
+    smoke: bool
+    with_libraries: bool
+
+    @property
+    def dtype_name(self) -> str:
+        return {torch.bfloat16: "bf16", torch.float32: "fp32"}[self.dtype]
+
+
+def items(*, smoke: bool) -> list[str]:
+    """What can be asked for, most important first: all operations at batch 1, then at batch 4."""
+    names = [operation.name for operation in OPERATIONS]
+    first = [f"{name} b1" for name in names]
+    rest = [f"{name} b{batch}" for batch in BATCHES[1:] for name in names]
+    return [CEILINGS, *first, optimizer_step.NAME, *rest]
+
+
+def timed(item: str, setting: Setting) -> Iterator[Timed]:
+    """The cases of one item."""
+    if item == optimizer_step.NAME:
+        yield from _optimizer_cases(setting)
+        return
+    name, _, batch = item.rpartition(" b")
+    operation = next(o for o in OPERATIONS if o.name == name)
+    sizes = operation.odd[:1] if setting.smoke else operation.sizes
+    for size in sizes:
+        yield from _cases(operation, (int(batch), *size[1:]), setting)
+
+
+def _cases(operation: Operation, sizes: Sizes, setting: Setting) -> Iterator[Timed]:
+    draw = Draw(torch.Generator(setting.device).manual_seed(0), setting.dtype)
+
+    def inputs() -> Inputs:
+        made = operation.make(sizes, draw)
+        return {n: t.detach().requires_grad_(n in operation.trained) for n, t in made.items()}
+
+    first = inputs()
+    size = sum(t.nbytes for t in first.values())
+    copies = copies_needed(size, setting.device)
+    sets = [first, *(inputs() for _ in range(copies - 1))]
+    outputs = outputs_of((operation.eager or operation.plain)(**first))
+    incoming = [draw(*t.shape).to(t) for t in outputs]
+    expected = [*outputs, *_gradients(outputs, first, operation.trained)]
+    written = sum(t.nbytes for t in outputs)
+    given = sum(first[n].nbytes for n in operation.trained)
+    flops = operation.flops(sizes)
+    bindings = _bindings(operation, first, expected, setting)
+    del outputs, expected
+    name = f"{operation.name} {'x'.join(map(str, sizes))} {setting.dtype_name}"
+    functions = {k: [bind(**s) for s in sets] for k, bind in bindings.items()}
+
+    def forward(of: list[Callable[[], Any]], i: int) -> Any:
+        return of[i]()
+
+    def both(of: list[Callable[[], Any]], i: int) -> Any:
+        leaves = [sets[i][n] for n in operation.trained]
+        return torch.autograd.grad(outputs_of(of[i]()), leaves, incoming)
+
+    yield Timed(
+        case=f"{name} forward",
+        calls={k: partial(forward, of) for k, of in functions.items()},
+        copies=copies,
+        moved=size + written,
+        flops=flops,
+    )
+    yield Timed(
+        case=f"{name} forward+backward",
+        calls={k: partial(both, of) for k, of in functions.items()},
+        copies=copies,
+        # the backward reads the incoming gradients and the inputs and writes their gradients
+        moved=2 * (size + written) + given,
+        flops=int(flops * (1 + operation.backward_flops)),
+    )
+
+
+def _gradients(outputs: list[Tensor], inputs: Inputs, trained: Sequence[str]) -> list[Tensor]:
+    """Of the sum of the outputs."""
+    ones = [torch.ones_like(t) for t in outputs]
+    return list(torch.autograd.grad(outputs, [inputs[n] for n in trained], ones))
+
+
+def _bindings(
+    operation: Operation, first: Inputs, expected: list[Tensor], setting: Setting
+) -> dict[str, Bind]:
+    """The contenders that work here, by name."""
+    eager = operation.eager or operation.plain
+    found: dict[str, Bind] = {"eager": bound(eager)}
+    others: dict[str, Bind] = {"compile": bound(compiled(eager, smoke=setting.smoke))}
+    if operation.has_kernel:
+        others["ours"] = operation.ours
+    if setting.with_libraries:
+        others |= operation.libraries
+    for name, bind in others.items():
+        reason = why_not(bind, first, operation.trained, expected)
+        if reason is None:
+            found[name] = bind
+        else:
+            print(f"absent: {operation.name}: {name}: {reason}", flush=True)
+    return found
+
+
+def compiled(function: Callable[..., Any], *, smoke: bool) -> Callable[..., Any]:
+    """Compiled for one shape; a graph break is an error. The smoke run does without a C++ compiler."""
+    torch._dynamo.reset()  # beyond eight shapes of one function it would fall back to eager
+    if smoke:
+        return torch.compile(function, backend="aot_eager", fullgraph=True, dynamic=False)
+    return torch.compile(
+        function, mode="max-autotune-no-cudagraphs", fullgraph=True, dynamic=False
+    )
+
+
+def _optimizer_cases(setting: Setting) -> Iterator[Timed]:
+    names = []
+    for name in optimizer_step.CONTENDERS:
+        if name not in ("eager", "ours") and not setting.with_libraries:
+            continue
+        reason = optimizer_step.why_not(name, setting.device)
+        if reason is None:
+            names.append(name)
+        else:
+            print(f"absent: {optimizer_step.NAME}: {name}: {reason}", flush=True)
+    for label, shapes in optimizer_step.parameter_sets(small=setting.smoke).items():
+        sizes = shapes()
+        count = sum(torch.Size(s).numel() for s in sizes)
+        try:  # the contenders share weights and gradients; each has its own state
+            weights = optimizer_step.weights_like(sizes, setting.device)
+            updates = {name: optimizer_step.CONTENDERS[name](weights) for name in names}
+            for update in updates.values():
+                update()
+        except torch.OutOfMemoryError:
+            print(f"absent: {optimizer_step.NAME} {label}: does not fit into memory", flush=True)
+            continue
+        yield Timed(
+            case=f"{optimizer_step.NAME} {label} fp32",
+            calls={name: _ignoring_copy(update) for name, update in updates.items()},
+            copies=1,
+            moved=count * optimizer_step.BYTES_A_WEIGHT,
+            flops=0,
+        )
+
+
+def _ignoring_copy(update: Callable[[], object]) -> Call:
+    return lambda i: update()
+
+
+def rows_of(case: Timed, setting: Setting) -> Iterator[harness.Row]:
+    """Times the contenders of a case in turns."""
+    timers: dict[str, Timer] = {}
+    for name, call in case.calls.items():
+        try:
+            timers[name] = timer_for(
+                call, copies=case.copies, device=setting.device, flush=setting.flush
+            )
+        except torch.OutOfMemoryError:
+            print(f"absent: {case.case}: {name}: does not fit into memory", flush=True)
+    samples = abba(timers, setting.rounds)
+    now = state() if setting.device.type == "cuda" else {}
+    floor = setting.ceilings.floor_us(case.moved, case.flops)
+    for name, timer in timers.items():
+        q = quantiles(samples[name])
+        us = q["median"]
+        row: harness.Row = {
+            "measurement": "kernel",
+            "case": f"{case.case}, {name}",
+            "us": round(us, 3),
+            "us_p20": round(q["p20"], 3),
+            "us_p80": round(q["p80"], 3),
+            "rounds": int(q["rounds"]),
+            "gb_per_s": round(case.moved / us / 1e3, 2),
+            "tflop_per_s": round(case.flops / us / 1e6, 3),
+            "fraction_of_ceiling": round(floor / us, 4),
+            "timed_by": timer.method,
+            "samples": {"us": [round(value, 4) for value in samples[name]]},
+            **now,
+        }
+        if timer.note is not None:
+            row["note"] = timer.note
+        yield row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("items", nargs="*", help="see --list; default: all")
+    parser.add_argument("--list", action="store_true", help="names of the items, in their order")
+    parser.add_argument("--smoke", action="store_true", help="the CPU stands in for the GPU")
+    parser.add_argument("--no-libraries", action="store_true", help="eager, compile and ours alone")
+    args = parser.parse_args()
+    if args.list:
+        print("\n".join(items(smoke=args.smoke)))
+        return
+    device = device_for(smoke=args.smoke)
+    flush = Flush(device)
+    began = time.perf_counter()
+    ceilings, samples = measure_ceilings(device, flush, small=args.smoke)
+    setting = Setting(
+        device=device,
+        dtype=torch.float32 if args.smoke else torch.bfloat16,
+        flush=flush,
+        ceilings=ceilings,
+        rounds=2 if args.smoke else ROUNDS,
+        smoke=args.smoke,
+        with_libraries=not args.no_libraries,
+    )
+    for item in args.items or items(smoke=args.smoke):
+        print(f"begin: {item}", flush=True)
+        if item == CEILINGS:
+            _emit_ceilings(ceilings, samples)
+        else:
+            for case in timed(item, setting):
+                for row in rows_of(case, setting):
+                    harness.emit(row.pop("measurement"), **row)
+        print(f"end: {item}", flush=True)
+    print(f"note: kernels took {time.perf_counter() - began:.0f} s", flush=True)
+
+
+def _emit_ceilings(ceilings: Ceilings, samples: dict[str, list[float]]) -> None:
+    for name, case in (("gb_per_s", "copy"), ("tflop_per_s", "matmul bf16")):
+        value = round(getattr(ceilings, name), 2)
+        kept = {name: [round(x, 3) for x in samples[name]]}
+        harness.emit("ceiling", case=case, samples=kept, **{name: value}, **state())
+
+
+if __name__ == "__main__":
+    main()

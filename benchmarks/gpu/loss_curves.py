@@ -1,0 +1,64 @@
+"""Losses of the rehearsed runs, beside those that were recorded.
+
+Weights, batch and noise of a rehearsal are functions of the seed and the kind of device, so the losses of a
+case repeat on one kind of GPU but for the rounding of atomics; a kernel that is wrong bends the curve.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from benchmarks.harness import ROOT
+
+FILE = ROOT / "benchmarks" / "expected" / "loss_curves.json"
+AT_STEP = 20
+TOLERANCE = 0.01
+"""Relative, at step 20. Chosen, not measured: to be narrowed when curves of several runs are there."""
+
+Curves = dict[str, dict[str, list[float]]]
+"""GPU -> case -> losses from step 1."""
+
+
+def read(path: Path = FILE) -> Curves:
+    """The recorded curves; none where there is no file yet."""
+    if not path.is_file():
+        return {}
+    curves: Curves = json.loads(path.read_text(encoding="utf-8"))
+    return curves
+
+
+def compared(
+    case: str, gpu: str | None, losses: list[float], recorded: Curves | None = None
+) -> dict[str, Any]:
+    """For the row: the losses, the one at step 20 if the run came so far, and what was recorded.
+    `loss_curve` is "new" where nothing was recorded, else whether it agrees."""
+    found: dict[str, Any] = {"losses": [round(loss, 6) for loss in losses]}
+    expected = (read() if recorded is None else recorded).get(gpu or "", {}).get(case)
+    if len(losses) >= AT_STEP:
+        found["loss_at_20"] = round(losses[AT_STEP - 1], 6)
+    if expected is None:
+        return {**found, "loss_curve": "new"}
+    step = min(len(losses), len(expected), AT_STEP)
+    if step == 0:
+        return {**found, "loss_curve": "none"}
+    found["expected_loss"] = expected[step - 1]
+    off = abs(losses[step - 1] - expected[step - 1]) / abs(expected[step - 1])
+    # not <=, so that NaN differs
+    return {**found, "loss_curve": "as recorded" if off <= TOLERANCE else "differs"}
+
+
+def record(rows: list[dict[str, Any]], path: Path) -> list[str]:
+    """Adds the curves that are new to the file, for later runs to be held to; their cases."""
+    curves = read(path)
+    added = []
+    for row in rows:
+        if row.get("loss_curve") == "new" and row.get("gpu") and "loss_at_20" in row:
+            known = curves.setdefault(row["gpu"], {})
+            if row["case"] not in known:
+                known[row["case"]] = row["losses"][:AT_STEP]
+                added.append(row["case"])
+    if added:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(curves, indent=1, sort_keys=True)
+        path.write_text(text + "\n", encoding="utf-8")
+    return added

@@ -1,0 +1,95 @@
+"""What is known of a training step without taking it: its FLOPs and the peak that the trace predicts.
+
+Fake tensors need neither the GPU nor its memory, so this runs beside the timing of kernels, in a process
+of its own: `python -m benchmarks.gpu.step_plan FILE --case NAME ...` writes FILE after every case.
+"""
+
+import argparse
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from benchmarks.gpu.step_cases import StepCase, parse
+
+Plan = dict[str, dict[str, Any]]
+"""Case -> {"tflop", "predicted_peak_gib"}, either of which may be null, with the reason."""
+GIB = 2**30
+
+
+def planned(case: StepCase, known: Plan) -> dict[str, Any]:
+    """The entry of one case. FLOPs are those of the network alone, nothing computed twice, as MFU
+    has them; they are taken from `known` where a case differs in the batch or the memory alone."""
+    found: dict[str, Any] = {"tflop": None, "predicted_peak_gib": None}
+    plain = replace(
+        case, activations="save", batch_size=1, compiled=False, cap_gib=None, precision="bf16"
+    )
+    try:
+        if plain.name not in known or "tflop_of_one" not in known[plain.name]:
+            known.setdefault(plain.name, {})["tflop_of_one"] = _tflop(plain)
+        found["tflop"] = round(known[plain.name]["tflop_of_one"] * case.batch_size, 4)
+        eager = replace(case, compiled=False, cap_gib=None)
+        if "peak" not in known.get(eager.name, {}):
+            known.setdefault(eager.name, {})["peak"] = _peak_gib(eager)
+        # The trace follows what eager PyTorch allocates; a compiled block keeps other tensors.
+        found["predicted_peak_gib"] = None if case.compiled else known[eager.name]["peak"]
+    except Exception as error:  # a prediction that fails must not lose the measurement beside it
+        found["no_prediction"] = f"{type(error).__name__}: {error}".splitlines()[0]
+    return found
+
+
+def _tflop(case: StepCase) -> float:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from benchmarks.static.costs import CountCosts
+    from fasttune.rehearsal import gpu_placement, rehearse
+
+    config = case.config()
+    with FakeTensorMode():
+        rehearsal = rehearse(
+            config, case.folder, placement=gpu_placement(config), device_type="cuda"
+        )
+        with CountCosts() as counted:
+            rehearsal.take_step()
+    return counted.costs.flops / 1e12
+
+
+def _peak_gib(case: StepCase) -> float:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from benchmarks.static.step_memory import trace_rehearsal
+    from fasttune.rehearsal import gpu_placement, rehearse
+
+    config = case.config()
+    with FakeTensorMode():
+        rehearsal = rehearse(
+            config, case.folder, placement=gpu_placement(config), device_type="cuda"
+        )
+        return round(trace_rehearsal(rehearsal).peak_bytes / GIB, 3)
+
+
+def read_plan(path: Path | None) -> Plan:
+    """What has been written so far; empty without a file."""
+    if path is None or not path.is_file():
+        return {}
+    plan: Plan = json.loads(path.read_text(encoding="utf-8"))
+    return plan
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("file", type=Path)
+    parser.add_argument("--case", action="append", required=True, help="of benchmarks.gpu.steps")
+    args = parser.parse_args()
+    known: Plan = {}
+    plan: Plan = {}
+    for name in args.case:
+        plan[name] = planned(parse(name), known)
+        part = args.file.with_suffix(".part")
+        part.write_text(json.dumps(plan), encoding="utf-8")
+        os.replace(part, args.file)  # a reader finds the old file or the new one
+
+
+if __name__ == "__main__":
+    main()
