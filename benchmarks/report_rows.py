@@ -59,6 +59,11 @@ class Result:
         return str(self.row.get("case") or "")
 
     @property
+    def title(self) -> str:
+        """Short: rows of `fasttune bench cpu` say all in their case."""
+        return title_of(self.measurement, self.case)
+
+    @property
     def machine(self) -> str:
         """The GPU, or the processor with its cores: rows of others are no history of these."""
         if gpu := self.row.get("gpu"):
@@ -105,6 +110,17 @@ class History:
     case: str
     metric: str
     points: tuple[Point, ...]
+
+    @property
+    def title(self) -> str:
+        return title_of(self.measurement, self.case)
+
+
+def title_of(measurement: str, case: str) -> str:
+    """A row's identity as a heading."""
+    if measurement == "cpu" and case:
+        return case
+    return f"{measurement}: {case}" if case else measurement
 
 
 def number(value: object) -> float | None:

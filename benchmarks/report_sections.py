@@ -236,8 +236,7 @@ def ratios(results: Sequence[Result]) -> Section:
             known = number(value)
             if known is None or known <= 0:
                 continue
-            label = f"{result.measurement}: {result.case}" if result.case else result.measurement
-            label += f", {name}" if name else ""
+            label = f"{result.title}, {name}" if name else result.title
             # Bounds of a single round are 0 and huge: the line ends at an eighth and eightfold.
             less, more = (
                 known if bound is None else min(max(bound, known / 8), known * 8)
@@ -314,9 +313,8 @@ def _history_chart(item: History) -> Markup:
     first, last = item.points[0].value, item.points[-1].value
     change = f"{last / first - 1:+.1%}".replace("-", "−") if first else ""
     unit = item.metric.replace("_", " ")
-    title = f"{item.measurement}: {item.case}" if item.case else item.measurement
     return history_plot(
-        title,
+        item.title,
         [
             Moment(
                 p.value,
@@ -339,7 +337,7 @@ def _history_table(items: Sequence[History]) -> Table:
         ["measurement", "metric", "value", "20 %", "80 %", "commit", "time", "torch"],
         [
             [
-                Cell(f"{item.measurement}: {item.case}" if item.case else item.measurement),
+                Cell(item.title),
                 Cell(item.metric),
                 *map(exact, (p.value, p.low, p.high)),
                 *map(Cell, (p.result.commit, p.result.time, str(p.result.row.get("torch") or ""))),
