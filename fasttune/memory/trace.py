@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
-from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
+from torch.utils._python_dispatch import TorchDispatchMode
 
 GIVEN = ("weights", "adapters", "optimizer", "ema", "inputs")
 FOUND = ("gradients", "saved", "recomputed", "transient")
@@ -156,6 +156,10 @@ class MemoryTrace(TorchDispatchMode):
             self._categorise(tensor, category)
         self._look()
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # its guard costs as much as the trace, and nothing compiles the trace
+
     def __enter__(self) -> "MemoryTrace":
         with ExitStack() as stack:
             before = register_module_forward_pre_hook(self._module_begins)
@@ -184,11 +188,15 @@ class MemoryTrace(TorchDispatchMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        if any(hasattr(kind, "__tensor_flatten__") for kind in types):
-            return NotImplemented  # its own operations come here next, on the tensors inside it
-        self._look()  # nothing took the place of an argument
+        if func.namespace == "prim":  # asks for a device or layout
+            return func(*args, **(kwargs or {}))
+        for kind in types:
+            if kind is not FakeTensor and hasattr(kind, "__tensor_flatten__"):
+                return NotImplemented  # its own operations come here next, on the tensors inside
+        if self._replaceable is not None:  # nothing took the place of an argument
+            self._look()
         kwargs = kwargs or {}
-        given = _tensors([args, kwargs])
+        given = _tensors([args, kwargs] if kwargs else args)
         if (
             func is not torch.ops.aten.lift_fresh.default
         ):  # whose argument was made unseen, just now
@@ -198,24 +206,21 @@ class MemoryTrace(TorchDispatchMode):
         self._time += 1
         made = self._category_of_new()
         new = [tensor for tensor in _tensors([out]) if self._follow(tensor, made)]
-        if new and func is torch.ops.aten.add.Tensor and self._is_sum_of_gradients():
-            self._replaceable = _could_hold(new[0], given)
-        if not self._replaceable:
-            self._look()
+        if new:
+            if func is torch.ops.aten.add.Tensor and self._is_sum_of_gradients():
+                self._replaceable = _could_hold(new[0], given) or None
+            if self._replaceable is None:
+                self._look()
         return out
 
     def _follow(self, tensor: Tensor, category: str) -> bool:
         """Counts a storage unless it is known already; whether it was new."""
-        device = tensor.device.type
-        if self._device_type is None:
-            if device == "meta" and not isinstance(tensor, FakeTensor):
-                return False
-        elif device != self._device_type:
-            return False
         storage = tensor.untyped_storage()
         key, nbytes = storage._cdata, storage.nbytes()
         known = self._storages.get(key)
         if known is None:
+            if not self._counts(tensor):
+                return False
             reference = weakref.ref(storage, partial(self._died, key))
             size = self._rounding(nbytes)
             self._storages[key] = _Storage(reference, nbytes, size, category, self._time)
@@ -227,8 +232,16 @@ class MemoryTrace(TorchDispatchMode):
             known.nbytes, known.size = nbytes, size
         return False
 
+    def _counts(self, tensor: Tensor) -> bool:
+        """Whether the tensor is where memory is followed."""
+        if isinstance(tensor, FakeTensor):  # whose `device` is a call through the dispatcher
+            return self._device_type in (None, tensor.fake_device.type)
+        if self._device_type is None:
+            return tensor.device.type != "meta"
+        return tensor.device.type == self._device_type
+
     def _died(self, key: int, reference: object) -> None:
-        if self._replaceable and key not in self._replaceable:
+        if self._replaceable is not None and key not in self._replaceable:
             self._look()
         self._replaceable = None
         storage = self._storages.pop(key)
@@ -334,22 +347,20 @@ def _could_hold(total: Tensor, terms: list[Tensor]) -> set[int]:
 def _tensors(values: Any) -> list[Tensor]:
     """Tensors in nested tuples, lists and dicts."""
     found: list[Tensor] = []
-    left = list(values)
-    while left:
-        value = left.pop()
+    for value in values:
         if isinstance(value, Tensor):
             found.append(value)
         elif isinstance(value, tuple | list):
-            left.extend(value)
+            found += _tensors(value)
         elif isinstance(value, dict):
-            left.extend(value.values())
+            found += _tensors(value.values())
     return found
 
 
 def _plain_tensors(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
     """The tensors, and in place of those that wrap others what they wrap."""
     for tensor in tensors:
-        if is_traceable_wrapper_subclass(tensor):
+        if hasattr(tensor, "__tensor_flatten__"):
             names, _ = tensor.__tensor_flatten__()
             yield from _plain_tensors(getattr(tensor, name) for name in names)
         else:
