@@ -92,7 +92,9 @@ def _compile(index: int) -> Resources | str:
         return _jobs[index].compile()
     except Exception as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        said = " ... ".join(dict.fromkeys([*lines[:1], *lines[-1:]]))  # between them is source
+        # Between the first line and what is wrong, compilers quote source.
+        wrong = [line for line in lines if "error" in line.lower()][:2] or lines[-1:]
+        said = " ... ".join(dict.fromkeys([*lines[:1], *wrong]))
         return f"{type(error).__name__}: {said[:500]}"
 
 

@@ -10,7 +10,8 @@ from pathlib import Path
 from benchmarks.static.targets import Resources
 
 RESERVED_SHARED = 1024
-"""Bytes that cubins for sm_90 and later count for the system; the limits are without them."""
+"""Bytes that cubins for sm_90 and later count for the system, in kernels that use shared memory; the
+limits are without them."""
 
 OPCODE = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z]\w*)", re.MULTILINE)
 AMD_OPCODE = re.compile(r"^\t([a-z]\w+)", re.MULTILINE)
@@ -42,14 +43,13 @@ def read_cubin(
     if usage is None or arch is None or entry not in functions:
         raise RuntimeError(f"no kernel {entry} in the cubin; it has {', '.join(functions)}")
     counts = {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", usage[1])}
+    reserved = RESERVED_SHARED if int(arch[1]) >= 90 else 0
     opcodes = OPCODE.findall(functions[entry])
     return Resources(
         registers=counts["REG"],
         spill_bytes=counts["STACK"] + counts["LOCAL"],
         spilled_registers=0,
-        shared_bytes=counts["SHARED"]
-        - (RESERVED_SHARED if int(arch[1]) >= 90 else 0)
-        + dynamic_shared,
+        shared_bytes=max(counts["SHARED"] - reserved, 0) + dynamic_shared,
         tensor_memory=tensor_memory,
         threads=threads,
         matrix=matrix_class(opcodes),

@@ -27,7 +27,7 @@ def compile_kernel(launch: CudaLaunch, target: str, folder: Path) -> Resources:
         name=launch.source,
         arch=target,
         std="c++17",
-        define_macro=list(launch.defines.items()),
+        define_macro=list(launch.defines.items()) or None,
         include_path=[str(folder), *([headers] if headers else [])],
         use_fast_math=launch.fast_math,
     )
