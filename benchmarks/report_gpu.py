@@ -31,7 +31,7 @@ _LEAD = (
 )
 _PEAKS = ("measured", "counted on fake tensors")
 _BESIDE = frozenset(
-    "measurement case samples cpu cores threads python gpu load_average time".split()
+    "measurement case samples cpu cores threads python gpu load_average time losses".split()
 )
 """Keys of a row that a table of steps does without."""
 _EMPTY = "No GPU rows yet: run benchmarks/gpu/run.sh."
