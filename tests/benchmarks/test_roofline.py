@@ -20,6 +20,7 @@ from benchmarks.roofline import (
     op_ms,
     step_ms,
 )
+from benchmarks.static.targets import TARGETS
 from fasttune.errors import FasttuneError, HardwareError
 
 CARDS = load_cards()
@@ -258,3 +259,12 @@ def test_needs_no_torch() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, env=environment(), check=True
     )
     assert done.stdout.split() == ["False", "False"]
+
+
+def test_limits_agree_with_those_that_generated_code_is_held_to() -> None:
+    targets = load_targets()
+    for name, limits in TARGETS.items():
+        target = targets[name]
+        assert target.shared_per_block == limits.shared_bytes, name
+        partitions = 2 if name.startswith("gfx1") else 4  # a CU is half of a workgroup processor
+        assert target.registers_per_unit == limits.registers * limits.warp_size * partitions, name
