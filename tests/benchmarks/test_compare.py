@@ -1,0 +1,281 @@
+"""Two result files: what is joined, what the verdicts are worth on data of known truth, and messages."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from benchmarks.compare import ResultsError, measured, read_rows
+from benchmarks.ratios import Ratio, ratio_of
+from benchmarks.verdicts import (
+    Better,
+    Change,
+    Limit,
+    LimitError,
+    Outcome,
+    direction,
+    limit_for,
+    markdown,
+    parse_limits,
+)
+from fasttune.cli import main
+
+ROOT = Path(__file__).parents[2]
+
+
+def change(low: float, high: float, limit: float | None = 0.03, **facts: Any) -> Change:
+    values = {"measurement": "m", "case": "", "metric": "step_ms", "base": 1.0, "head": 1.0}
+    ratio = Ratio((low + high) / 2, low, high)
+    return Change(**{**values, "ratio": ratio, "better": Better.LOWER, "limit": limit, **facts})
+
+
+def write(path: Path, *rows: dict[str, Any]) -> Path:
+    path.write_text("".join(json.dumps({"measurement": "steps", **row}) + "\n" for row in rows))
+    return path
+
+
+def compare(tmp_path: Path, base: list[dict], head: list[dict], fail: str = "") -> int:
+    files = [write(tmp_path / f"{n}.jsonl", *rows) for n, rows in (("b", base), ("h", head))]
+    return main(["bench", "compare", *map(str, files), "--fail", fail])
+
+
+# What the rule says of an interval.
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "outcome"),
+    [
+        (1.00, 1.00, Outcome.EQUAL),
+        (0.99, 1.01, Outcome.NOISE),
+        (0.97, 0.99, Outcome.BETTER),
+        (1.005, 1.02, Outcome.WORSE),  # real, but 3 % is excluded
+        (1.02, 1.035, Outcome.FAILS),
+        (0.995, 1.031, Outcome.INCONCLUSIVE),
+        (1.002, 1.06, Outcome.INCONCLUSIVE),  # too wide to tell 3 % from nothing
+        (1.05, 1.15, Outcome.FAILS),  # wide, and clear all the same
+        (0.90, 0.95, Outcome.BETTER),
+        (0.80, 1.10, Outcome.INCONCLUSIVE),
+    ],
+)
+def test_the_rule(low: float, high: float, outcome: Outcome) -> None:
+    assert change(low, high).outcome is outcome
+    mirrored = Ratio(2 - (low + high) / 2, 2 - high, 2 - low)
+    higher = change(low, high, better=Better.HIGHER, ratio=mirrored, metric="images_per_s")
+    assert higher.outcome is outcome
+
+
+@pytest.mark.parametrize(
+    ("ratio", "outcome"), [(1.0024, Outcome.WORSE), (1.0026, Outcome.FAILS), (0.9, Outcome.BETTER)]
+)
+def test_exact_numbers_fail_beyond_the_limit(ratio: float, outcome: Outcome) -> None:
+    assert change(ratio, ratio, limit=0.0025, metric="peak_gib").outcome is outcome
+
+
+def test_without_a_limit_nothing_fails() -> None:
+    outcomes = [change(*bounds, limit=None).outcome for bounds in ((2, 2), (1.5, 3), (0.5, 3))]
+    assert outcomes == [Outcome.WORSE, Outcome.WORSE, Outcome.NOISE]
+
+
+def error_rates(
+    true: float, noise: float, rounds: int, *, paired: bool, seeds: int = 200
+) -> dict[Outcome, float]:
+    """Verdicts under a limit of 3 % on samples with a true ratio and log-normal noise; paired ones
+    share a drift of 5 % as well."""
+    counts = dict.fromkeys(Outcome, 0)
+    for seed in range(seeds):
+        rng = np.random.default_rng(seed)
+        drift = rng.lognormal(0, 0.05, rounds) if paired else 1.0
+        base = 40 * drift * rng.lognormal(0, noise, rounds)
+        head = 40 * true * drift * rng.lognormal(0, noise, rounds)
+        ratio = ratio_of(head, base, paired=paired)
+        counts[change(1, 1, ratio=ratio).outcome] += 1
+    return {outcome: count / seeds for outcome, count in counts.items()}
+
+
+@pytest.mark.parametrize("paired", [True, False])
+def test_a_real_three_percent_fails_and_noise_does_not(paired: bool) -> None:
+    # 0.8 % from process to process, 12 rounds: what `ab` finds on processor time.
+    assert error_rates(1.03, 0.008, 12, paired=paired)[Outcome.FAILS] > 0.95
+    assert error_rates(1.05, 0.008, 12, paired=paired)[Outcome.FAILS] == 1
+    same = error_rates(1.0, 0.008, 12, paired=paired)
+    assert same[Outcome.FAILS] == 0
+    assert same[Outcome.INCONCLUSIVE] < 0.01
+
+
+@pytest.mark.parametrize(("noise", "rounds"), [(0.02, 12), (0.05, 12), (0.01, 3)])
+def test_noise_of_any_size_fails_nothing(noise: float, rounds: int) -> None:
+    rates = error_rates(1.0, noise, rounds, paired=True)
+    assert rates[Outcome.FAILS] < 0.01
+    assert rates[Outcome.INCONCLUSIVE] > 0.05  # and is not passed off as a result
+
+
+# Names, limits and their messages.
+
+
+@pytest.mark.parametrize(
+    ("metric", "better"),
+    [
+        ("step_ms", Better.LOWER),
+        ("wall_s", Better.LOWER),
+        ("median_us", Better.LOWER),
+        ("peak_gib", Better.LOWER),
+        ("spill_bytes", Better.LOWER),
+        ("saved_u", Better.LOWER),
+        ("launches", Better.LOWER),
+        ("gemm_launches", Better.LOWER),
+        ("graph_breaks", Better.LOWER),
+        ("images_per_s", Better.HIGHER),
+        ("gb_per_s", Better.HIGHER),
+        ("mfu", Better.HIGHER),
+        ("fraction_of_copy", Better.HIGHER),
+        ("steps", None),
+        ("checksum", None),
+        ("clock_mhz", None),
+    ],
+)
+def test_a_name_tells_the_direction(metric: str, better: Better | None) -> None:
+    assert direction(metric) is better
+
+
+def test_limits_are_read_in_order() -> None:
+    limits = parse_limits("step_ms:3%, *_ms:10%,peak_gib:0.25%")
+    assert limits == (Limit("step_ms", 0.03), Limit("*_ms", 0.1), Limit("peak_gib", 0.0025))
+    found = [limit_for(m, limits) for m in ("step_ms", "first_ms", "peak_gib", "wall_s")]
+    assert found == [0.03, 0.1, 0.0025, None]
+    assert parse_limits("") == ()
+
+
+@pytest.mark.parametrize("text", ["step_ms", "step_ms:3", "step_ms:-3%", ":3%", "a_ms:3%,", "a:b%"])
+def test_a_limit_that_cannot_be_read(text: str) -> None:
+    with pytest.raises(LimitError, match=r'is not a limit.*"step_ms:3%,peak_gib:0.25%"'):
+        parse_limits(text)
+
+
+def test_a_limit_that_could_never_fail_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"step_ms": 5.0, "steps": 7}]
+    assert compare(tmp_path, rows, rows, "stepms:3%") == 2
+    assert "limit stepms:3%: both sides have no such metric; there are: step_ms" in error(capsys)
+    assert compare(tmp_path, rows, rows, "steps:3%") == 2
+    assert "steps has no unit that tells which way is better" in error(capsys)
+
+
+def error(capsys: pytest.CaptureFixture[str]) -> str:
+    said = capsys.readouterr()
+    assert said.err.startswith("error: ") and "Traceback" not in said.err
+    return said.err
+
+
+# Files.
+
+
+def test_files_that_cannot_be_used(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    good = write(tmp_path / "good.jsonl", {"step_ms": 1.0})
+    (tmp_path / "empty.jsonl").write_text("\n")
+    (tmp_path / "broken.jsonl").write_text('{"measurement": "a"}\n{"measu')
+    (tmp_path / "list.jsonl").write_text("[1]\n")
+    (tmp_path / "binary.jsonl").write_bytes(b"\xff\xfe\x00")
+    (tmp_path / "samples.jsonl").write_text('{"measurement": "a", "samples": {"step_ms": [NaN]}}\n')
+    for name, message in (
+        ("absent.jsonl", "absent.jsonl cannot be read: No such file"),
+        ("empty.jsonl", "has no rows"),
+        ("broken.jsonl", "broken.jsonl:2 is not JSON"),
+        ("list.jsonl", "list.jsonl:1 is not a row"),
+        ("binary.jsonl", "it is not text"),
+        ("samples.jsonl", 'samples.jsonl:1: "samples" must be'),
+    ):
+        assert main(["bench", "compare", str(good), str(tmp_path / name)]) == 2
+        assert message in error(capsys)
+    other = write(tmp_path / "other.jsonl", {"measurement": "loading", "step_ms": 1.0})
+    assert main(["bench", "compare", str(good), str(other)]) == 2
+    assert "no measurement in common" in error(capsys)
+
+
+def test_the_table_and_what_is_said_below(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    samples = np.random.default_rng(0).normal(50, 0.3, (2, 20))
+    base = {"case": "a|b", "samples": {"step_ms": samples[0].tolist()}, "peak_gib": 8.0, "steps": 9}
+    head = {"case": "a|b", "samples": {"step_ms": (1.05 * samples[1]).tolist()}, "peak_gib": 8.0}
+    assert (
+        compare(
+            tmp_path,
+            [base | {"gpu": "X", "quick": False}, {"case": "old", "step_ms": 1.0}],
+            [head | {"gpu": "Y", "quick": True, "steps": 8}, {"measurement": "new", "step_ms": 1}],
+            "step_ms:3%,peak_gib:0.25%",
+        )
+        == 1
+    )
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("| measurement | case | metric | base | head | head / base | 95 % |")
+    cells = {line.split(" | ")[2]: line.strip("| ").split(" | ") for line in lines[2:4]}
+    assert cells["step_ms"][:2] == ["steps", "a\\|b"]
+    assert 1.045 < float(cells["step_ms"][5]) < 1.055
+    assert cells["step_ms"][-1] == "**FAILS** (limit 3 %)"
+    assert cells["peak_gib"][3:] == ["8", "8", "1.0000", "exact", "equal"]
+    assert lines[4:] == [
+        "",
+        "Base and head differ in gpu: X / Y.",
+        "",
+        "Not judged, as their names tell no direction: steps a|b: steps 9 -> 8.",
+        "",
+        "Only in base: steps old.",
+        "",
+        "Only in head: new.",
+    ]
+
+
+def test_no_limit_no_failure(tmp_path: Path) -> None:
+    assert compare(tmp_path, [{"step_ms": 1.0}], [{"step_ms": 9.0}]) == 0
+    assert compare(tmp_path, [{"step_ms": 1.0}], [{"step_ms": 9.0}], "step_ms:3%") == 1
+
+
+def test_counts_may_be_zero(tmp_path: Path) -> None:
+    zero, two = [{"recompiles": 0}], [{"recompiles": 2, "samples": {"recompiles": [2, 2]}}]
+    assert compare(tmp_path, zero, zero, "recompiles:0%") == 0
+    assert compare(tmp_path, zero, two, "recompiles:0%") == 1
+    assert compare(tmp_path, two, zero, "recompiles:0%") == 0
+
+
+def test_the_last_commit_counts_and_its_samples_are_pooled() -> None:
+    def row(commit: str, time: str, *samples: float) -> dict[str, Any]:
+        return {
+            "measurement": "m",
+            "commit": commit,
+            "changed_files": 0,
+            "time": time,
+            "samples": {"step_ms": samples},
+            "peak_gib": samples[0],
+        }
+
+    rows = [
+        row("old", "2026-01-01", 9.0),
+        row("new", "2026-01-02", 1.0, 2.0),
+        row("new", "2026-01-03", 6.0),
+    ]
+    found = measured(rows)["m", ""]
+    assert found.samples == {"step_ms": [1.0, 2.0, 6.0]}
+    assert found.values == {"step_ms": 2.0, "peak_gib": 6.0}
+
+
+def test_rows_without_case_and_samples_compare(capsys: pytest.CaptureFixture[str]) -> None:
+    results = sorted((ROOT / "benchmarks" / "results").glob("*.jsonl"))[0]
+    assert main(["bench", "compare", str(results), str(results), "--fail", "*_ms:0%,*_gib:0%"]) == 0
+    table = capsys.readouterr().out
+    assert "| load 5 GB: fasttune |  | peak_anon_gib |" in table
+    assert "FAILS" not in table
+
+
+def test_markdown_has_one_line_for_each_change() -> None:
+    changes = [change(1.02, 1.04), change(0.99, 1.01, metric="first_ms", head=123456.0)]
+    lines = markdown(changes).splitlines()
+    assert len(lines) == 4 and {line.count("|") for line in lines} == {9}
+    assert "| 123,456 |" in lines[3] and "no difference seen" in lines[3]
+
+
+def test_read_rows_raises_what_the_command_line_prints(tmp_path: Path) -> None:
+    with pytest.raises(ResultsError):
+        read_rows(tmp_path / "none.jsonl")
