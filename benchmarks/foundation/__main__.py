@@ -14,7 +14,7 @@ from typing import Any
 
 from benchmarks.harness import RESULTS, Row, collect, machine, machine_name, table, write_rows
 
-HERE = Path(__file__).parent
+PACKAGE = "benchmarks.foundation"
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,15 +53,15 @@ TARGETS = (
 
 
 def commands(script: Path | None, quick: bool) -> dict[str, list[str] | None]:
-    """Measurement -> its script and arguments; None if it cannot run."""
+    """Measurement -> its module and arguments; None if it cannot run."""
     diffusers = None
     if script is not None:
         short = ["--steps", "40", "--pairs", "1"] if quick else []
-        diffusers = ["against_diffusers.py", "--diffusers-script", str(script.absolute()), *short]
+        diffusers = ["against_diffusers", "--diffusers-script", str(script.absolute()), *short]
     return {
-        "loop": ["loop_overhead.py", *(["--steps", "100"] if quick else [])],
-        "startup": ["startup.py", *(["--runs", "5", "--starts", "1"] if quick else [])],
-        "load": ["load_memory.py", *(["--pairs", "1"] if quick else [])],
+        "loop": ["loop_overhead", *(["--steps", "100"] if quick else [])],
+        "startup": ["startup", *(["--runs", "5", "--starts", "1"] if quick else [])],
+        "load": ["load_memory", *(["--pairs", "1"] if quick else [])],
         "diffusers": diffusers,
     }
 
@@ -70,7 +70,7 @@ def run(name: str, command: list[str], quick: bool) -> list[Row]:
     """The rows of one measurement, with the machine's state at its beginning."""
     facts = machine()
     print(f"{name}: running (load average {facts['load_average']})", file=sys.stderr, flush=True)
-    rows = collect([sys.executable, str(HERE / command[0]), *command[1:]])
+    rows = collect([sys.executable, "-m", f"{PACKAGE}.{command[0]}", *command[1:]])
     return [{**row, "quick": quick, **facts} for row in rows]
 
 

@@ -1,6 +1,7 @@
 """Loading a 5 GB network: peak anonymous host memory and time, ours beside diffusers'.
 
-    python -m benchmarks.foundation.load_memory [--folder FOLDER] [--pairs 2] [--config benchmarks/model_configs/sdxl.json]
+    python -m benchmarks.foundation.load_memory [--folder FOLDER] [--pairs 2]
+        [--config benchmarks/models/sdxl/unet/config.json]
 
 Writes a U-Net of SDXL's real size with random bfloat16 weights, in four shards, tensor by tensor with
 our own writer, then loads it in processes of their own: ours, theirs, theirs, ours. A thread reads
@@ -25,6 +26,7 @@ from typing import Any
 
 from benchmarks.harness import ROOT, collect, emit
 
+SDXL = ROOT / "benchmarks" / "models" / "sdxl" / "unet" / "config.json"
 SHARDS = 4
 INTERVAL_S = 0.01
 GIB = 2**30
@@ -170,7 +172,7 @@ def read_all(tensors: Iterable[Any]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--folder", type=Path, help="where 5 GB fit; default: the temporary folder")
-    parser.add_argument("--config", type=Path, default=ROOT / "benchmarks/model_configs/sdxl.json")
+    parser.add_argument("--config", type=Path, default=SDXL)
     parser.add_argument("--pairs", type=int, default=2, help="loads by each")
     parser.add_argument("--load", choices=("fasttune", "diffusers"), help=argparse.SUPPRESS)
     args = parser.parse_args()

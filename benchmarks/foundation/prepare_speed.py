@@ -20,8 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
+from benchmarks.harness import ROOT, environment
 
 RESOLUTION = 256
 MULTIPLE = 32
@@ -170,7 +169,9 @@ def main() -> None:
         if args.memory_images:
             write_images(folder / "memory" / "images", args.memory_images, (384, 288))
             command = [sys.executable, __file__, "--memory-folder", str(folder / "memory")]
-            output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+            output = subprocess.run(
+                command, check=True, capture_output=True, text=True, env=environment()
+            ).stdout
             memory = {"kind": "memory", "images": args.memory_images, **json.loads(output)}
             print(json.dumps(memory))
     means, cpu_means = {}, {}

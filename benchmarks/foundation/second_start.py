@@ -19,8 +19,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
+from benchmarks.harness import ROOT, environment
 
 
 def write_files(folder: Path, count: int) -> None:
@@ -97,7 +96,9 @@ def main() -> None:
     for number in range(1 + args.starts):
         begin = time.perf_counter()
         command = [sys.executable, __file__, "--once", "--folder", str(folder)]
-        output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        output = subprocess.run(
+            command, check=True, capture_output=True, text=True, env=environment()
+        ).stdout
         wall = round(time.perf_counter() - begin, 2)
         rows.append({"start": number + 1, "wall_seconds": wall, **json.loads(output)})
         print(json.dumps(rows[-1]), flush=True)
