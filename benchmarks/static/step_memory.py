@@ -3,12 +3,12 @@
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
-from fasttune.memory.trace import MemoryTrace
+from fasttune.memory.trace import MemoryTrace, tensors_in
 from fasttune.rehearsal import Rehearsal
 
 
@@ -74,15 +74,21 @@ def label_rehearsal(trace: MemoryTrace, rehearsal: Rehearsal) -> None:
     named = list(rehearsal.denoiser.named_parameters())
     is_adapter = {name: name.endswith((".lora_A", ".lora_B")) for name, _ in named}
     trace.label("weights", [p.data for name, p in named if not is_adapter[name]])
-    trace.label("weights", rehearsal.denoiser.buffers())
+    for (
+        module
+    ) in rehearsal.denoiser.modules():  # buffers, and tables that are kept without being one
+        kept = [value for name, value in vars(module).items() if name != "_parameters"]
+        trace.label("weights", tensors_in(kept))
     trace.label("adapters", [p.data for name, p in named if is_adapter[name]])
     if trained._ema is not None:
         trace.label("ema", trained._ema.shadow)
     trace.label("optimizer", _state(trained._optimizer))
     if trained._scaler is not None:
         trace.label("optimizer", trained._scaler.state_tensors().values())
-    inputs = [batch.latent_mean, batch.latent_std, batch.sizes, *batch.conditions.values()]
-    trace.label("inputs", [t for t in [*inputs, rehearsal.forward.guidance] if t is not None])
+    objective = rehearsal.forward.objective
+    tables = [getattr(objective, field.name) for field in fields(objective)]
+    given = [batch.latent_mean, batch.latent_std, batch.sizes, batch.conditions]
+    trace.label("inputs", tensors_in([*given, rehearsal.forward.guidance, tables]))
 
 
 def _state(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:

@@ -196,7 +196,7 @@ class MemoryTrace(TorchDispatchMode):
         if self._replaceable is not None:  # nothing took the place of an argument
             self._look()
         kwargs = kwargs or {}
-        given = _tensors([args, kwargs] if kwargs else args)
+        given = tensors_in([args, kwargs] if kwargs else args)
         if (
             func is not torch.ops.aten.lift_fresh.default
         ):  # whose argument was made unseen, just now
@@ -205,7 +205,7 @@ class MemoryTrace(TorchDispatchMode):
         out = func(*args, **kwargs)
         self._time += 1
         made = self._category_of_new()
-        new = [tensor for tensor in _tensors([out]) if self._follow(tensor, made)]
+        new = [tensor for tensor in tensors_in([out]) if self._follow(tensor, made)]
         if new:
             if func is torch.ops.aten.add.Tensor and self._is_sum_of_gradients():
                 self._replaceable = _could_hold(new[0], given) or None
@@ -344,16 +344,16 @@ def _could_hold(total: Tensor, terms: list[Tensor]) -> set[int]:
     return {storage._cdata for storage in found if storage.nbytes() == size}
 
 
-def _tensors(values: Any) -> list[Tensor]:
+def tensors_in(values: Iterable[Any]) -> list[Tensor]:
     """Tensors in nested tuples, lists and dicts."""
     found: list[Tensor] = []
     for value in values:
         if isinstance(value, Tensor):
             found.append(value)
         elif isinstance(value, tuple | list):
-            found += _tensors(value)
+            found += tensors_in(value)
         elif isinstance(value, dict):
-            found += _tensors(value.values())
+            found += tensors_in(value.values())
     return found
 
 
