@@ -92,7 +92,10 @@ def cpu_model() -> str:
 
 
 def _git(*args: str) -> str:
-    done = subprocess.run(["git", *args], cwd=ROOT, text=True, capture_output=True, check=False)
+    try:
+        done = subprocess.run(["git", *args], cwd=ROOT, text=True, capture_output=True, check=False)
+    except OSError:  # no git here
+        return ""
     return done.stdout.strip() if done.returncode == 0 else ""
 
 

@@ -148,7 +148,9 @@ def _smi() -> dict[str, Any]:
         )
     except (OSError, subprocess.TimeoutExpired):
         return {}
-    values = [value.strip() for value in done.stdout.splitlines()[0].split(",")] if done.stdout else []
+    values = (
+        [value.strip() for value in done.stdout.splitlines()[0].split(",")] if done.stdout else []
+    )
     if done.returncode != 0 or len(values) != len(_SMI):
         return {}
     return {name: _number(value) for name, value in zip(_SMI, values, strict=True)}

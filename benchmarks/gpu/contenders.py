@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks import harness
 from benchmarks.gpu import steps
-from benchmarks.gpu.step_cases import StepCase, parse
+from benchmarks.gpu.step_cases import StepCase, folder_of, parse, side_of
 
 if TYPE_CHECKING:
     import torch
@@ -104,6 +104,7 @@ CONTENDERS: Mapping[str, Contender] = {
     "diffusers peft compile": Contender(compiled=True),
     "bitsandbytes nf4": Contender(before=_nf4),
     "bitsandbytes nf4 compile": Contender(before=_nf4, compiled=True),
+    "torchao int8": Contender(after=_int8),
     "torchao int8 compile": Contender(after=_int8, compiled=True),
     "torchao fp8 compile": Contender(after=_fp8, compiled=True),
 }
@@ -127,8 +128,6 @@ def why_not(contender: Contender, device: "torch.device", smoke: bool) -> str | 
     import torch
     from torch import nn
 
-    from fasttune.probes import one_line
-
     try:
         import diffusers  # noqa: F401
         from peft import LoraConfig, inject_adapter_in_model
@@ -149,8 +148,14 @@ def why_not(contender: Contender, device: "torch.device", smoke: bool) -> str | 
         if x.grad is None or not x.grad.isfinite().all().item():
             return "a small layer has no finite gradient"
     except Exception as error:  # whatever a library raises when its kernels are missing
-        return one_line(error)
+        return _reason(error)
     return None
+
+
+def _reason(error: Exception) -> str:
+    """The type and what it says, in one line that is not too long."""
+    said = " ".join(str(error).split())
+    return f"{type(error).__name__}: {said[:200]}"
 
 
 def _any_name(name: str) -> bool:
@@ -171,9 +176,7 @@ def take_step_of(
     config = case.config(device.type)
     placement = placement_for(config)
     own = MODELS[case.model]
-    spec = replace(
-        own, build=partial(_build, case.model), predict=_PREDICT[case.model]
-    )
+    spec = replace(own, build=partial(_build, case.model), predict=_PREDICT[case.model])
     with torch.random.fork_rng():
         torch.manual_seed(0)
         denoiser = rehearsal.network_without_weights(spec, folder, placement)
@@ -187,8 +190,8 @@ def take_step_of(
         denoiser.compile_repeated_blocks(**options)  # type: ignore[operator]
     trained = [p for p in denoiser.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=config.optimizer.lr, weight_decay=0.01)
-    size = steps.SMOKE_SIZE if smoke else case.size
-    batch = rehearsal.random_batch(config, spec, folder, placement, (size, size))
+    side = side_of(case, smoke)
+    batch = rehearsal.random_batch(config, spec, folder, placement, (side, side))
     forward = step_for(
         config, spec, denoiser, objective_for(config, spec, folder), placement, folder
     )
@@ -311,7 +314,6 @@ def main() -> None:
     import torch
 
     from benchmarks.gpu.card import device_for, state
-    from fasttune.probes import one_line
 
     case, device = parse(args.case), device_for(smoke=args.smoke)
     contender = CONTENDERS[args.contender]
@@ -320,15 +322,16 @@ def main() -> None:
     losses: list[float] = []
     if reason is None:
         try:
-            with steps.out_of_memory_is_a_result(row, device), steps.folder_of(
-                case, args.smoke
-            ) as folder:
+            with (
+                steps.out_of_memory_is_a_result(row, device),
+                folder_of(case, args.smoke) as folder,
+            ):
                 take_step = take_step_of(contender, case, folder, device, smoke=args.smoke)
                 losses = steps.timed_steps(
                     take_step, case.batch_size, device, row, steps=args.steps, seconds=args.seconds
                 )
         except Exception as error:  # as above; a library may fail at the real size alone
-            reason = one_line(error)
+            reason = _reason(error)
     if reason is not None:
         print(f"absent: {case_name(case, args.contender)}: {reason}", flush=True)
         return

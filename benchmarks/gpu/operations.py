@@ -166,9 +166,7 @@ def _norm_rope_inputs(sizes: Sizes, draw: Draw) -> Inputs:
     batch, tokens, heads, width = sizes
     axes = FLUX_AXES if width == sum(FLUX_AXES) else (width // 4, width // 8 * 3, width // 8 * 3)
     side = math.isqrt(tokens)
-    cos, sin = rope_table(
-        side, side, tokens - side * side, axes=axes, device=draw.generator.device
-    )
+    cos, sin = rope_table(side, side, tokens - side * side, axes=axes, device=draw.generator.device)
     return {
         "q": draw(batch, tokens, heads * width),
         "k": draw(batch, tokens, heads * width),
@@ -434,7 +432,11 @@ OPERATIONS: tuple[Operation, ...] = (
         ours=_model_lora_linear,
         libraries=libraries.LORA_LINEAR,
         trained=("x", "A", "B"),
-        sizes=((1, _FLUX_TOKENS, 3072, 3072), (1, _FLUX_TOKENS, 3072, 12288), (1, 1024, 1280, 1280)),
+        sizes=(
+            (1, _FLUX_TOKENS, 3072, 3072),
+            (1, _FLUX_TOKENS, 3072, 12288),
+            (1, 1024, 1280, 1280),
+        ),
         odd=((1, 7, 33, 65), (3, 21, 64, 40)),
         flops=_lora_flops,
         backward_flops=1.0,  # the base is frozen: one product back, and those of the adapter

@@ -159,7 +159,9 @@ def three_steps(device: torch.device) -> dict[str, tuple[Tensor, Tensor, Tensor]
                 w.grad = (start.grad * (step + 1)).to(where, dtype, copy=True)
             shadow = update()
         assert isinstance(shadow, list)
-        found.append([torch.cat([t.detach().flatten() for t in part]) for part in (weights, shadow)])
+        found.append(
+            [torch.cat([t.detach().flatten() for t in part]) for part in (weights, shadow)]
+        )
     return {
         "weights": (found[0][0], found[1][0], found[2][0]),
         "average": (found[0][1], found[1][1], found[2][1]),

@@ -1,6 +1,8 @@
 """The training steps that are measured: their names, their configs, and their order."""
 
+import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -13,6 +15,7 @@ from fasttune.errors import ConfigError
 
 MODELS = {"flux": "flux-dev", "sdxl": "sdxl"}
 """Family -> folder in benchmarks/models."""
+SMOKE_SIDE = 64
 CAPS_GIB = (12, 16, 24)
 """Memory of common cards, emulated on a larger one."""
 
@@ -76,6 +79,23 @@ class StepCase:
         return config_from_tables(tables, check_files=False)
 
 
+@contextmanager
+def folder_of(case: StepCase, smoke: bool) -> Iterator[Path]:
+    """The folder with the model's config files; under `smoke` of a shrunk model, for a while."""
+    if not smoke:
+        yield case.folder
+        return
+    from benchmarks.static.shrunk import write_shrunk
+
+    with tempfile.TemporaryDirectory() as temporary:
+        yield write_shrunk(case.folder, Path(temporary))
+
+
+def side_of(case: StepCase, smoke: bool) -> int:
+    """Of the square images, pixels."""
+    return SMOKE_SIDE if smoke else case.size
+
+
 def parse(name: str) -> StepCase:
     """The case of a name; ConfigError where there is no such thing."""
     parts = name.split()
@@ -135,7 +155,11 @@ def _ordered() -> Iterator[StepCase]:
         yield replace(case, precision=precision)
     yield replace(sdxl_full, precision="bf16-weights")
     for activations, size, batch_size, case, compiled in product(
-        ("recompute", "save"), (1024, 512), (1, 4), (flux, sdxl, sdxl_full, flux_full), (False, True)
+        ("recompute", "save"),
+        (1024, 512),
+        (1, 4),
+        (flux, sdxl, sdxl_full, flux_full),
+        (False, True),
     ):
         yield replace(
             case, activations=activations, size=size, batch_size=batch_size, compiled=compiled

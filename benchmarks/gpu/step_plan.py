@@ -7,18 +7,23 @@ of its own: `python -m benchmarks.gpu.step_plan FILE --case NAME ...` writes FIL
 import argparse
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from benchmarks.gpu.step_cases import StepCase, parse
+from benchmarks.gpu.step_cases import StepCase, folder_of, parse, side_of
+
+if TYPE_CHECKING:
+    from fasttune.rehearsal import Rehearsal
 
 Plan = dict[str, dict[str, Any]]
 """Case -> {"tflop", "predicted_peak_gib"}, either of which may be null, with the reason."""
 GIB = 2**30
 
 
-def planned(case: StepCase, known: Plan) -> dict[str, Any]:
+def planned(case: StepCase, known: Plan, *, smoke: bool = False) -> dict[str, Any]:
     """The entry of one case. FLOPs are those of the network alone, nothing computed twice, as MFU
     has them; they are taken from `known` where a case differs in the batch or the memory alone."""
     found: dict[str, Any] = {"tflop": None, "predicted_peak_gib": None}
@@ -27,11 +32,11 @@ def planned(case: StepCase, known: Plan) -> dict[str, Any]:
     )
     try:
         if plain.name not in known or "tflop_of_one" not in known[plain.name]:
-            known.setdefault(plain.name, {})["tflop_of_one"] = _tflop(plain)
-        found["tflop"] = round(known[plain.name]["tflop_of_one"] * case.batch_size, 4)
+            known.setdefault(plain.name, {})["tflop_of_one"] = _tflop(plain, smoke)
+        found["tflop"] = round(known[plain.name]["tflop_of_one"] * case.batch_size, 6)
         eager = replace(case, compiled=False, cap_gib=None)
         if "peak" not in known.get(eager.name, {}):
-            known.setdefault(eager.name, {})["peak"] = _peak_gib(eager)
+            known.setdefault(eager.name, {})["peak"] = _peak_gib(eager, smoke)
         # The trace follows what eager PyTorch allocates; a compiled block keeps other tensors.
         found["predicted_peak_gib"] = None if case.compiled else known[eager.name]["peak"]
     except Exception as error:  # a prediction that fails must not lose the measurement beside it
@@ -39,34 +44,37 @@ def planned(case: StepCase, known: Plan) -> dict[str, Any]:
     return found
 
 
-def _tflop(case: StepCase) -> float:
+@contextmanager
+def _faked(case: StepCase, smoke: bool) -> Iterator["Rehearsal"]:
+    """The case's run on fake tensors, in a GPU's dtypes."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    from benchmarks.static.costs import CountCosts
     from fasttune.rehearsal import gpu_placement, rehearse
 
-    config = case.config()
-    with FakeTensorMode():
-        rehearsal = rehearse(
-            config, case.folder, placement=gpu_placement(config), device_type="cuda"
+    config, side = case.config(), side_of(case, smoke)
+    with FakeTensorMode(), folder_of(case, smoke) as folder:
+        yield rehearse(
+            config,
+            folder,
+            placement=gpu_placement(config),
+            device_type="cuda",
+            size=(side, side),
         )
-        with CountCosts() as counted:
-            rehearsal.take_step()
+
+
+def _tflop(case: StepCase, smoke: bool) -> float:
+    from benchmarks.static.costs import CountCosts
+
+    with _faked(case, smoke) as rehearsal, CountCosts() as counted:
+        rehearsal.take_step()
     return counted.costs.flops / 1e12
 
 
-def _peak_gib(case: StepCase) -> float:
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
+def _peak_gib(case: StepCase, smoke: bool) -> float:
     from benchmarks.static.step_memory import trace_rehearsal
-    from fasttune.rehearsal import gpu_placement, rehearse
 
-    config = case.config()
-    with FakeTensorMode():
-        rehearsal = rehearse(
-            config, case.folder, placement=gpu_placement(config), device_type="cuda"
-        )
-        return round(trace_rehearsal(rehearsal).peak_bytes / GIB, 3)
+    with _faked(case, smoke) as rehearsal:
+        return round(trace_rehearsal(rehearsal).peak_bytes / GIB, 4)
 
 
 def read_plan(path: Path | None) -> Plan:
@@ -80,12 +88,13 @@ def read_plan(path: Path | None) -> Plan:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("file", type=Path)
+    parser.add_argument("--smoke", action="store_true", help="of shrunk networks")
     parser.add_argument("--case", action="append", required=True, help="of benchmarks.gpu.steps")
     args = parser.parse_args()
     known: Plan = {}
     plan: Plan = {}
     for name in args.case:
-        plan[name] = planned(parse(name), known)
+        plan[name] = planned(parse(name), known, smoke=args.smoke)
         part = args.file.with_suffix(".part")
         part.write_text(json.dumps(plan), encoding="utf-8")
         os.replace(part, args.file)  # a reader finds the old file or the new one

@@ -7,17 +7,15 @@ row; `--list` names the cases. What does not fit into the memory is a result: a 
 import argparse
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks import harness
 from benchmarks.gpu import loss_curves
-from benchmarks.gpu.step_cases import StepCase, cases, parse
+from benchmarks.gpu.step_cases import StepCase, cases, folder_of, parse, side_of
 from benchmarks.gpu.step_plan import planned, read_plan
 
 if TYPE_CHECKING:
@@ -32,7 +30,6 @@ WARM_UP = 3
 """Steps that are not timed: the first compiles and makes the optimizer's state."""
 FEWEST = 5
 """Timed steps that are taken even if they outlast `--seconds`."""
-SMOKE_SIZE = 64
 _RUN_AHEAD = 2
 """Steps that the host may be ahead of the device: enough that it never waits, few enough that time
 is kept."""
@@ -55,9 +52,7 @@ def measure(
     losses: list[float] = []
     with out_of_memory_is_a_result(row, device), folder_of(case, smoke) as folder:
         take_step = _rehearsed(case, folder, device, smoke)
-        losses = timed_steps(
-            take_step, case.batch_size, device, row, steps=steps, seconds=seconds
-        )
+        losses = timed_steps(take_step, case.batch_size, device, row, steps=steps, seconds=seconds)
         if case.compiled:
             row["graphs"] = _graphs()
     row["host_peak_gib"] = host_peak_gib()
@@ -66,28 +61,14 @@ def measure(
     return row, losses
 
 
-@contextmanager
-def folder_of(case: StepCase, smoke: bool) -> Iterator[Path]:
-    """The model's config files; shrunk ones under `smoke`."""
-    if not smoke:
-        yield case.folder
-        return
-    from benchmarks.static.shrunk import write_shrunk
-
-    with tempfile.TemporaryDirectory() as temporary:
-        yield write_shrunk(case.folder, Path(temporary))
-
-
 def _rehearsed(case: StepCase, folder: Path, device: "torch.device", smoke: bool) -> TakeStep:
     from benchmarks.static.compiled import compile_blocks
     from fasttune.build import placement_for
     from fasttune.rehearsal import rehearse
 
     config = case.config(device.type)
-    size = SMOKE_SIZE if smoke else case.size
-    rehearsal = rehearse(
-        config, folder, placement=placement_for(config), size=(size, size)
-    )
+    side = side_of(case, smoke)
+    rehearsal = rehearse(config, folder, placement=placement_for(config), size=(side, side))
     if case.compiled:
         compile_blocks(rehearsal.denoiser, backend="aot_eager" if smoke else "inductor")
     return rehearsal.take_step

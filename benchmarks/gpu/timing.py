@@ -9,6 +9,7 @@ Three ways, by device and length of the call:
 - the host's clock around a synchronisation, where there are no events (CPU, MPS).
 """
 
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -130,8 +131,7 @@ class _Events:
             end.record()
             pairs.append((start, end))
         torch.cuda.synchronize(self._device)
-        times = sorted(start.elapsed_time(end) for start, end in pairs)
-        return times[len(times) // 2] * 1000
+        return statistics.median(start.elapsed_time(end) for start, end in pairs) * 1000
 
 
 class _Graph:
@@ -187,25 +187,34 @@ def measure_ceilings(
     device: torch.device, flush: Flush, *, small: bool
 ) -> tuple[Ceilings, dict[str, list[float]]]:
     """The ceilings, and the samples they are the medians of. Seconds."""
-    copy_bytes, side = (1 << 20, 128) if small else (_copy_bytes(device), 8192)
-    rounds = 2 if small else 10
-    source = torch.empty(copy_bytes // 4, dtype=torch.float32, device=device).normal_()
+    rounds, size, side = (2, 1 << 20, 128) if small else (10, _copy_bytes(device), 8192)
+    copies = _sampled(_copy(size, device), rounds, device, flush)
+    products = _sampled(_multiply(side, device), rounds, device, flush)
+    samples = {
+        "gb_per_s": [2 * size / us / 1e3 for us in copies],
+        "tflop_per_s": [2 * side**3 / us / 1e6 for us in products],
+    }
+    medians = {name: statistics.median(values) for name, values in samples.items()}
+    return Ceilings(**medians), samples
+
+
+def _sampled(call: Call, rounds: int, device: torch.device, flush: Flush) -> list[float]:
+    timer = timer_for(call, copies=1, device=device, flush=flush)
+    return [timer() for _ in range(rounds)]
+
+
+def _copy(size: int, device: torch.device) -> Call:
+    source = torch.empty(size // 4, dtype=torch.float32, device=device).normal_()
     target = torch.empty_like(source)
-    copied = timer_for(lambda i: target.copy_(source), copies=1, device=device, flush=flush)
-    copy_us = [copied() for _ in range(rounds)]
-    del source, target
+    return lambda i: target.copy_(source)
+
+
+def _multiply(side: int, device: torch.device) -> Call:
+    """Of random numbers, because a card draws less power on zeros and runs faster."""
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    # Random, because a card draws less power on zeros and runs faster.
     a = torch.randn(side, side, device=device, dtype=dtype)
     b = torch.randn(side, side, device=device, dtype=dtype)
-    multiplied = timer_for(lambda i: a @ b, copies=1, device=device, flush=flush)
-    multiply_us = [multiplied() for _ in range(rounds)]
-    samples = {
-        "gb_per_s": [2 * copy_bytes / us / 1e3 for us in copy_us],
-        "tflop_per_s": [2 * side**3 / us / 1e6 for us in multiply_us],
-    }
-    best = {name: sorted(values)[len(values) // 2] for name, values in samples.items()}
-    return Ceilings(**best), samples
+    return lambda i: a @ b
 
 
 def _copy_bytes(device: torch.device) -> int:

@@ -1,0 +1,90 @@
+"""The end of a run: tables that fit a terminal, and what is missing from them."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from benchmarks.gpu.parts import Said
+from benchmarks.harness import Row, table
+
+_SHOWN_CONTENDERS = ("eager", "compile", "ours")
+
+
+def summary(rows: Sequence[Row], said: Said, left: Mapping[str, Sequence[str]]) -> str:
+    """Everything that is shown at the end."""
+    blocks = [_ceilings(rows), _kernels(rows), _steps(rows), _checks(rows)]
+    blocks += [_lines("note", said.notes), _lines("absent", said.absent)]
+    blocks += [
+        f"not run: budget: {part}: {len(names)}: {'; '.join(names)}"
+        for part, names in left.items()
+        if names
+    ]
+    blocks += [_lines("failed", [f"{item}: {why}" for item, why in said.failed])]
+    return "\n\n".join(block for block in ["", *blocks] if block)
+
+
+def _lines(kind: str, texts: Sequence[str]) -> str:
+    return "\n".join(f"{kind}: {text}" for text in texts)
+
+
+def _ceilings(rows: Sequence[Row]) -> str:
+    found = []
+    for row in rows:
+        if row["measurement"] == "ceiling":
+            unit = "gb_per_s" if "gb_per_s" in row else "tflop_per_s"
+            found.append(f"{row['case']} {row[unit]} {unit}")
+    return f"ceilings: {', '.join(found)}" if found else ""
+
+
+def _kernels(rows: Sequence[Row]) -> str:
+    """A line a case: microseconds of each contender, and how near the best of them is to the ceiling."""
+    by_case: dict[str, dict[str, Row]] = {}
+    for row in rows:
+        if row["measurement"] == "kernel":
+            case, _, contender = row["case"].rpartition(", ")
+            by_case.setdefault(case, {})[contender] = row
+    if not by_case:
+        return ""
+    lines = [("kernel, us", *_SHOWN_CONTENDERS, "best library", "best of ceiling")]
+    for case, found in by_case.items():
+        others = {name: row for name, row in found.items() if name not in _SHOWN_CONTENDERS}
+        best = min(others, key=lambda name: others[name]["us"], default=None)
+        library = "-" if best is None else f"{others[best]['us']:.1f} {best}"
+        shown = [_number(found.get(name), "us", ".1f") for name in _SHOWN_CONTENDERS]
+        fraction = max(row["fraction_of_ceiling"] for row in found.values())
+        lines.append((case, *shown, library, f"{fraction:.0%}"))
+    return table(lines)
+
+
+_STEP_COLUMNS: tuple[tuple[str, str, str], ...] = (
+    ("images/s", "images_per_s", ".3f"),
+    ("step ms", "step_ms", ".1f"),
+    ("MFU", "mfu", ".1%"),
+    ("peak GiB", "peak_gib", ".2f"),
+    ("predicted", "predicted_peak_gib", ".2f"),
+    ("reserved", "reserved_gib", ".2f"),
+    ("first s", "first_step_s", ".1f"),
+    ("cold s", "first_step_cold_s", ".1f"),
+    ("loss", "loss_at_20", ".4f"),
+)
+
+
+def _steps(rows: Sequence[Row]) -> str:
+    found = [row for row in rows if row["measurement"] in ("training step", "contender step")]
+    if not found:
+        return ""
+    lines = [("training step", *(head for head, _, _ in _STEP_COLUMNS))]
+    for row in found:
+        name = row["case"] if row["fits"] else f"{row['case']}: does not fit"
+        lines.append((name, *(_number(row, key, form) for _, key, form in _STEP_COLUMNS)))
+    return table(lines)
+
+
+def _number(row: Mapping[str, Any] | None, key: str, form: str) -> str:
+    value = None if row is None else row.get(key)
+    return "-" if value is None else format(value, form)
+
+
+def _checks(rows: Sequence[Row]) -> str:
+    found = [row for row in rows if row["measurement"] == "correctness"]
+    passed = sum(row["passed"] for row in found)
+    return f"correctness: {passed} of {len(found)} checks passed" if found else ""
