@@ -26,7 +26,7 @@ from fasttune.models.layers import (
 )
 from fasttune.models.rope import rope_table, rotate
 from fasttune.models.spec import Conditions, ModelSpec
-from fasttune.models.text_encoders import merge_flux, open_flux
+from fasttune.models.text_encoders import merge_flux, open_flux, t5_positions
 from fasttune_kernels import attention
 
 PACK = 2  # side of the latent patch that makes a token
@@ -62,8 +62,7 @@ class FluxConfig:
 
 def read_flux_config(config: Mapping[str, Any]) -> FluxConfig:
     """Raises ModelError naming the key whose value the network does not implement."""
-    names = FluxConfig.__dataclass_fields__
-    values = {key: value for key, value in config.items() if key in names}
+    values = {k: v for k, v in config.items() if k in FluxConfig.__dataclass_fields__}
     if "axes_dims_rope" in values:
         values["axes_dims_rope"] = tuple(values["axes_dims_rope"])
     result = FluxConfig(**values)
@@ -307,12 +306,8 @@ class Flux(nn.Module):
         text_mask: Tensor | None = None,  # (B, T) bool, True for the tokens attended to
     ) -> Tensor:  # (B, L, token_width)
         cos, sin = rope
-        num_text_tokens = text_embeddings.shape[1]
-        mask = (
-            None
-            if text_mask is None
-            else F.pad(text_mask, (0, packed_latents.shape[1]), value=True)
-        )
+        num_text_tokens, num_image_tokens = text_embeddings.shape[1], packed_latents.shape[1]
+        mask = None if text_mask is None else F.pad(text_mask, (0, num_image_tokens), value=True)
         vector = F.silu(self.time_text_embed(timestep, guidance, pooled_text_embeddings))
         x = self.x_embedder(packed_latents)
         text = self.context_embedder(text_embeddings)
@@ -321,8 +316,7 @@ class Flux(nn.Module):
         x = torch.cat([text, x], dim=1)
         for block in self.single_transformer_blocks:
             x = run_block(block, x, vector, cos, sin, mask)
-        (x,) = self.norm_out(x[:, num_text_tokens:], vector)
-        return self.proj_out(x)
+        return self.proj_out(*self.norm_out(x[:, num_text_tokens:], vector))
 
 
 def pack_latents(latents: Tensor) -> Tensor:
@@ -372,11 +366,11 @@ def predict_flux(
 
 
 def input_shapes(config: Mapping[str, Any], width: int, height: int) -> dict[str, tuple[int, ...]]:
-    """Latents of 1/8 the size; T5 positions as `text_encoders.open_flux` has them."""
+    """As spec.ModelSpec asks; latents have 1/8 of the size."""
     c = read_flux_config(config)
     return {
         "latents": (c.in_channels // PACK**2, height // 8, width // 8),
-        "text_embeddings": (512 if c.guidance_embeds else 256, c.joint_attention_dim),
+        "text_embeddings": (t5_positions(config), c.joint_attention_dim),
         "pooled_text_embeddings": (c.pooled_projection_dim,),
     }
 

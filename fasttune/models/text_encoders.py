@@ -122,6 +122,12 @@ def open_sdxl(
     ]
 
 
+def t5_positions(config: Mapping[str, Any]) -> int:
+    """T that FLUX.1 was trained with, by transformer/config.json: 512 with a guidance embedding
+    (dev), 256 without (schnell)."""
+    return 512 if config.get("guidance_embeds", False) else 256
+
+
 def open_flux(
     folder: Path,
     device: torch.device,
@@ -132,12 +138,10 @@ def open_flux(
     """FLUX.1: CLIP-L's pooled output (B, P); T5 at all positions, padding included and unmasked,
     because the released model was trained so, with the mask of real tokens beside it.
 
-    max_length: T5 positions T. None takes what the model was trained with: 512 with a guidance
-    embedding (dev), 256 without (schnell).
+    max_length: T5 positions T. None takes what the model was trained with.
     """
     if max_length is None:
-        dev = _read_json(folder / "transformer" / "config.json").get("guidance_embeds", False)
-        max_length = 512 if dev else 256
+        max_length = t5_positions(_read_json(folder / "transformer" / "config.json"))
 
     def clip_outputs(encoder: nn.Module, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
         return {"pooled_text_embeddings": encoder(ids).pooler_output}
