@@ -28,8 +28,19 @@ from fnmatch import fnmatchcase
 from benchmarks.ratios import Ratio
 from fasttune.errors import FasttuneError
 
-HIGHER = ("*_per_s", "*mfu", "*fraction", "fraction_*")
-LOWER = ("*_s", "*_ms", "*_us", "*_ns", "*_gib", "*_mib", "*_kib", "*_bytes", "*_u", "*_tflop")
+HIGHER: tuple[str, ...] = ("*_per_s", "*mfu", "*fraction", "fraction_*")
+LOWER: tuple[str, ...] = (
+    "*_s",
+    "*_ms",
+    "*_us",
+    "*_ns",
+    "*_gib",
+    "*_mib",
+    "*_kib",
+    "*_bytes",
+    "*_u",
+    "*_tflop",
+)
 LOWER += ("*launches", "*graphs", "*graph_breaks", "*recompiles", "*registers", "*spills")
 """Metrics by the unit or the count at the end of their name. Nothing is known of others."""
 
@@ -183,8 +194,9 @@ def verdict(change: Change) -> str:
     outcome, limit = change.outcome, change.limit
     if outcome is Outcome.FAILS:
         return f"**FAILS** (limit {100 * (limit or 0):g} %)"
-    within = outcome is Outcome.WORSE and limit is not None
-    return f"{outcome.value}, within {100 * limit:g} %" if within else outcome.value
+    if outcome is Outcome.WORSE and limit is not None:
+        return f"{outcome.value}, within {100 * limit:g} %"
+    return outcome.value
 
 
 def number(value: float) -> str:

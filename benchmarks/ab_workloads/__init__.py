@@ -1,0 +1,1 @@
+"""What `fasttune bench ab` runs on both revisions, each in processes of its own."""
