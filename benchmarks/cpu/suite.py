@@ -75,24 +75,23 @@ def summary(rows: list[Row]) -> str:
     """One line a row. The bounds are those of 95 % confidence."""
     lines = [["case", "ours ms", "theirs ms", "ours / theirs", "95 %", "rounds"]]
     for row in rows:
-        bounds = f"{row['ratio_low']:.3f} to {row['ratio_high']:.3f}"
+        bounds = row["bounds_95"]
         lines.append(
             [
                 row["case"],
-                _spread(row, "ours"),
-                _spread(row, "theirs"),
+                _spread(row, "ours_ms"),
+                _spread(row, "theirs_ms"),
                 f"{row['ratio']:.3f}",
-                bounds if row["rounds"] > 1 else "",
+                f"{bounds[0]:.3f} to {bounds[1]:.3f}" if bounds else "",
                 str(row["rounds"]),
             ]
         )
     return table(lines)
 
 
-def _spread(row: Row, whose: str) -> str:
+def _spread(row: Row, metric: str) -> str:
     """Median, and between which values the middle 60 % of the rounds lie."""
-    low, median, high = (row[f"{whose}_{key}ms"] for key in ("p20_", "", "p80_"))
-    return f"{median:.4g} ({low:.4g} to {high:.4g})"
+    return f"{row[metric]:.4g} ({row['p20'][metric]:.4g} to {row['p80'][metric]:.4g})"
 
 
 def _positive(text: str) -> int:
