@@ -51,6 +51,11 @@ def synchronize(device: "torch.device") -> None:
         torch.mps.synchronize()
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the device's allocator raised it, or the compiler or MPS in its own words."""
+    return "out of memory" in str(error).lower()
+
+
 def missing(device: "torch.device") -> list[str]:
     """What this kind of device does not let us measure, in words."""
     import torch

@@ -338,9 +338,8 @@ def main() -> None:
     row |= {"host_peak_gib": steps.host_peak_gib(), "losses": [round(x, 6) for x in losses]}
     if device.type == "cuda":
         row["gpu"] = torch.cuda.get_device_name(device)
-    if not args.smoke:
-        steps.with_plan(row, case, args.plan)
-        row["predicted_peak_gib"] = None  # of our network
+    steps.with_plan(row, case, args.plan, smoke=args.smoke)
+    row["predicted_peak_gib"] = None  # it is of our network
     harness.emit("contender step", case=case_name(case, args.contender), **row, **state())
 
 

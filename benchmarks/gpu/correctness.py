@@ -22,7 +22,8 @@ from benchmarks import harness
 from benchmarks.gpu import optimizer_step
 from benchmarks.gpu.card import device_for
 from benchmarks.gpu.libraries import Inputs, outputs_of
-from benchmarks.gpu.operations import OPERATIONS, Draw, Operation, Sizes
+from benchmarks.gpu.operation import Draw, Operation, Sizes
+from benchmarks.gpu.operations import OPERATIONS
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -108,7 +109,7 @@ def _run(
     outputs = outputs_of(function(**leaves))
     if weights is None:
         weights = [draw(*t.shape) for t in outputs]
-    incoming = [w.to(t) for w, t in zip(weights, outputs, strict=True)]
+    incoming = [w.to(t.device).to(t.dtype) for w, t in zip(weights, outputs, strict=True)]
     if strided:
         incoming = [_strided(w) for w in incoming]
     grads = torch.autograd.grad(outputs, [leaves[n] for n in trained], incoming)

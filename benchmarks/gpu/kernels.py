@@ -17,9 +17,10 @@ from torch import Tensor
 
 from benchmarks import harness
 from benchmarks.gpu import optimizer_step
-from benchmarks.gpu.card import device_for, state
+from benchmarks.gpu.card import device_for, is_out_of_memory, state
 from benchmarks.gpu.libraries import Bind, Inputs, outputs_of, why_not
-from benchmarks.gpu.operations import OPERATIONS, Draw, Operation, Sizes, bound
+from benchmarks.gpu.operation import Draw, Operation, Sizes, bound
+from benchmarks.gpu.operations import OPERATIONS
 from benchmarks.gpu.timing import (
     Call,
     Ceilings,
@@ -187,7 +188,9 @@ def _optimizer_cases(setting: Setting) -> Iterator[Timed]:
             updates = {name: optimizer_step.CONTENDERS[name](weights) for name in names}
             for update in updates.values():
                 update()
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             print(f"absent: {optimizer_step.NAME} {label}: does not fit into memory", flush=True)
             continue
         yield Timed(
@@ -211,7 +214,9 @@ def rows_of(case: Timed, setting: Setting) -> Iterator[harness.Row]:
             timers[name] = timer_for(
                 call, copies=case.copies, device=setting.device, flush=setting.flush
             )
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             print(f"absent: {case.case}: {name}: does not fit into memory", flush=True)
     samples = abba(timers, setting.rounds)
     now = state() if setting.device.type == "cuda" else {}

@@ -44,8 +44,6 @@ def why_not(
                 return f"computes something else: {name} is off by {distance.item():.2g}"
     except ImportError as error:
         return f"not installed ({error})"
-    except torch.OutOfMemoryError:
-        return "does not fit into the memory"
     except Exception as error:  # whatever a library raises when its kernels are missing
         return f"{type(error).__name__}: {(str(error).strip() or '-').splitlines()[0]}"
     return None

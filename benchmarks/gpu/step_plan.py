@@ -19,29 +19,48 @@ if TYPE_CHECKING:
     from fasttune.rehearsal import Rehearsal
 
 Plan = dict[str, dict[str, Any]]
-"""Case -> {"tflop", "predicted_peak_gib"}, either of which may be null, with the reason."""
+"""Case -> {"tflop", "predicted_peak_gib"} as far as they are known, or "no_prediction" with the reason."""
 GIB = 2**30
 
 
-def planned(case: StepCase, known: Plan, *, smoke: bool = False) -> dict[str, Any]:
-    """The entry of one case. FLOPs are those of the network alone, nothing computed twice, as MFU
-    has them; they are taken from `known` where a case differs in the batch or the memory alone."""
-    found: dict[str, Any] = {"tflop": None, "predicted_peak_gib": None}
+def planned(case: StepCase, *, smoke: bool = False) -> dict[str, Any]:
+    """The entry of one case."""
+    entry: dict[str, Any] = {}
+    _add_tflop(entry, case, {}, smoke)
+    _add_peak(entry, case, {}, smoke)
+    return entry
+
+
+def _add_tflop(entry: dict[str, Any], case: StepCase, known: dict[str, float], smoke: bool) -> None:
+    """FLOPs of the network alone, nothing computed twice, as MFU has them. `known` is for cases that
+    differ in the batch or in the memory alone."""
     plain = replace(
         case, activations="save", batch_size=1, compiled=False, cap_gib=None, precision="bf16"
     )
+    with _said_in(entry):
+        if plain.name not in known:
+            known[plain.name] = _tflop(plain, smoke)
+        entry["tflop"] = round(known[plain.name] * case.batch_size, 6)
+
+
+def _add_peak(entry: dict[str, Any], case: StepCase, known: dict[str, float], smoke: bool) -> None:
+    """Of eager PyTorch: a compiled block keeps other tensors than the trace sees."""
+    if case.compiled:
+        return
+    uncapped = replace(case, cap_gib=None)
+    with _said_in(entry):
+        if uncapped.name not in known:
+            known[uncapped.name] = _peak_gib(uncapped, smoke)
+        entry["predicted_peak_gib"] = known[uncapped.name]
+
+
+@contextmanager
+def _said_in(entry: dict[str, Any]) -> Iterator[None]:
+    """A prediction that fails must not lose the measurement that it would stand beside."""
     try:
-        if plain.name not in known or "tflop_of_one" not in known[plain.name]:
-            known.setdefault(plain.name, {})["tflop_of_one"] = _tflop(plain, smoke)
-        found["tflop"] = round(known[plain.name]["tflop_of_one"] * case.batch_size, 6)
-        eager = replace(case, compiled=False, cap_gib=None)
-        if "peak" not in known.get(eager.name, {}):
-            known.setdefault(eager.name, {})["peak"] = _peak_gib(eager, smoke)
-        # The trace follows what eager PyTorch allocates; a compiled block keeps other tensors.
-        found["predicted_peak_gib"] = None if case.compiled else known[eager.name]["peak"]
-    except Exception as error:  # a prediction that fails must not lose the measurement beside it
-        found["no_prediction"] = f"{type(error).__name__}: {error}".splitlines()[0]
-    return found
+        yield
+    except Exception as error:
+        entry["no_prediction"] = f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 @contextmanager
@@ -91,13 +110,14 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="of shrunk networks")
     parser.add_argument("--case", action="append", required=True, help="of benchmarks.gpu.steps")
     args = parser.parse_args()
-    known: Plan = {}
-    plan: Plan = {}
-    for name in args.case:
-        plan[name] = planned(parse(name), known, smoke=args.smoke)
-        part = args.file.with_suffix(".part")
-        part.write_text(json.dumps(plan), encoding="utf-8")
-        os.replace(part, args.file)  # a reader finds the old file or the new one
+    plan: Plan = {name: {} for name in args.case}
+    for add in (_add_tflop, _add_peak):  # FLOPs of all first: MFU needs them
+        known: dict[str, float] = {}
+        for name in args.case:
+            add(plan[name], parse(name), known, args.smoke)
+            part = args.file.with_suffix(".part")
+            part.write_text(json.dumps(plan), encoding="utf-8")
+            os.replace(part, args.file)  # a reader finds the old file or the new one
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks import harness
 from benchmarks.gpu import loss_curves
+from benchmarks.gpu.card import device_for, is_out_of_memory, state, synchronize
 from benchmarks.gpu.step_cases import StepCase, cases, folder_of, parse, side_of
 from benchmarks.gpu.step_plan import planned, read_plan
 
@@ -42,8 +43,6 @@ def measure(
 ) -> tuple[harness.Row, list[float]]:
     """The row of a case, and its losses."""
     import torch
-
-    from benchmarks.gpu.card import device_for
 
     device = device_for(smoke=smoke)
     row: harness.Row = {"fits": True}
@@ -120,8 +119,6 @@ def _mark(device: "torch.device") -> Any:
     """A point in time: an event on the device's stream, or the host's clock after the step."""
     import torch
 
-    from benchmarks.gpu.card import synchronize
-
     if device.type == "cuda":
         event = torch.cuda.Event(enable_timing=True)
         event.record()
@@ -143,8 +140,8 @@ def out_of_memory_is_a_result(row: harness.Row, device: "torch.device") -> Itera
     """Puts `fits` false and where it ended into `row` instead of raising."""
     try:
         yield
-    except RuntimeError as error:  # the compiler wraps the allocator's error into its own
-        if "out of memory" not in str(error).lower():
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
             raise
         row["fits"] = False
         row["ended_in"] = "a step" if "first_step_s" in row else "the first step or before it"
@@ -202,13 +199,11 @@ def _graphs() -> int:
     return int(counters["stats"]["unique_graphs"])
 
 
-def with_plan(row: harness.Row, case: StepCase, plan: Path | None) -> None:
+def with_plan(row: harness.Row, case: StepCase, plan: Path | None, *, smoke: bool) -> None:
     """Adds FLOPs, MFU and the predicted peak: from the plan's file, or worked out now."""
     from benchmarks.roofline import card_named, mfu
 
-    entry = read_plan(plan).get(case.name)
-    if entry is None:
-        entry = {} if plan is not None else planned(case, {})
+    entry = planned(case, smoke=smoke) if plan is None else read_plan(plan).get(case.name, {})
     row |= {"tflop": None, "predicted_peak_gib": None, **entry, "mfu": None}
     card = card_named(row["gpu"]) if row.get("gpu") else None
     if card is None or not row["tflop"] or "step_ms" not in row:
@@ -234,13 +229,8 @@ def main() -> None:
         return
     case = parse(args.case)
     row, losses = measure(case, steps=args.steps, seconds=args.seconds, smoke=args.smoke)
-    if args.smoke:
-        row["tflop"] = None
-    else:
-        with_plan(row, case, args.plan)
+    with_plan(row, case, args.plan, smoke=args.smoke)
     row |= loss_curves.compared(case.name, row.get("gpu"), losses)
-    from benchmarks.gpu.card import state
-
     harness.emit("training step", case=case.name, **row, **state())
 
 

@@ -143,27 +143,15 @@ def _items(suite: Run, part: str) -> Iterator[str]:
 
 
 def _correctness_items(suite: Run) -> list[str]:
-    return _asked("correctness", "--list")
+    from benchmarks.gpu import correctness
+
+    return list(dict.fromkeys(check.operation for check in correctness.checks()))
 
 
 def _kernel_items(suite: Run) -> list[str]:
-    return _asked("kernels", "--list", *suite.smoke)
+    from benchmarks.gpu import kernels
 
-
-def _asked(module: str, *options: str) -> list[str]:
-    """Names that a part lists. It is asked in a process, since it imports torch to know them."""
-    command = [sys.executable, "-m", f"{_PREFIX}{module}", *options]
-    done = subprocess.run(
-        command,
-        text=True,
-        capture_output=True,
-        cwd=harness.ROOT,
-        env=harness.environment(),
-        check=False,
-    )
-    if done.returncode != 0:
-        raise RuntimeError(f"{module} --list: {done.stderr[-2000:]}")
-    return done.stdout.splitlines()
+    return kernels.items(smoke=suite.args.smoke)
 
 
 def _step_items(suite: Run) -> list[str]:
@@ -278,7 +266,7 @@ def _step(suite: Run, name: str, deadline: float, plan: Path, temporary: Path) -
 
 
 def _steps(suite: Run) -> list[str]:
-    return ["--steps", "3" if suite.args.smoke else str(suite.args.steps)]
+    return ["--steps", "5" if suite.args.smoke else str(suite.args.steps)]
 
 
 def _contender(suite: Run, item: str, deadline: float, plan: Path, temporary: Path) -> bool:
