@@ -1,7 +1,8 @@
 """`fasttune bench report`: all that was measured, and all that the gates expect, on one page.
 
 The page is one file without a byte from elsewhere, for a browser, a phone or paper. What it shows is
-in report_sections.py, how in report_plots.py and report.html.jinja.
+in report_gates.py, report_gpu.py and report_measured.py, how in report_plots.py and
+report.html.jinja.
 """
 
 import argparse
@@ -54,8 +55,10 @@ def render(results: Sequence[Path], expected: Path) -> str:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     import fasttune
-    from benchmarks import report_sections as sections
+    from benchmarks import report_gates as recorded
+    from benchmarks import report_measured as measured
     from benchmarks.report_gpu import kernels, steps
+    from benchmarks.report_overview import oddities, tiles
     from benchmarks.report_rows import histories, read_expected, read_results, shortened
     from benchmarks.roofline import load_cards
 
@@ -66,16 +69,16 @@ def render(results: Sequence[Path], expected: Path) -> str:
     peaks = gates.get("memory", {})
     sizes = {name: card.memory_gib for name, card in cards.items()}
     found = [
-        sections.memory(peaks, odd),
-        sections.roofline_times(gates.get("flops", {}), peaks, sizes),
-        sections.blocks(gates.get("blocks", {})),
-        sections.launches(gates.get("launches", {})),
+        recorded.memory(peaks, odd),
+        recorded.roofline_times(gates.get("flops", {}), peaks, sizes),
+        recorded.blocks(gates.get("blocks", {})),
+        recorded.launches(gates.get("launches", {})),
         *steps(reading.results),
         *kernels(reading.results, odd),
-        sections.ratios(reading.results),
-        *sections.history(histories(reading.results)),
-        sections.other_gates(gates, versions),
-        sections.oddities(odd),
+        measured.ratios(reading.results),
+        *measured.history(histories(reading.results)),
+        recorded.other_gates(gates, versions),
+        oddities(odd),
     ]
     environment = Environment(
         loader=FileSystemLoader([Path(__file__).parent, Path(fasttune.__file__).parent]),
@@ -86,7 +89,7 @@ def render(results: Sequence[Path], expected: Path) -> str:
     )
     return environment.get_template("report.html.jinja").render(
         subtitle=SUBTITLE,
-        tiles=sections.tiles(reading.results, gates),
+        tiles=tiles(reading.results, gates),
         sections=[section for section in found if section is not None],
         written=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
         files=[shortened(path) for path in [*results, expected] if path.exists()],

@@ -29,6 +29,7 @@ _LEAD = (
     "least time the same run's ceilings (a large copy, a large matrix product) allow for the bytes that "
     "must be moved and the products that must be computed. Products are on the roofline as well."
 )
+_KERNEL_ROWS = ("kernel", "ceiling", "correctness")
 _PEAKS = ("measured", "counted on fake tensors")
 _BESIDE = frozenset(
     "measurement case samples cpu cores threads python gpu load_average time losses".split()
@@ -96,7 +97,7 @@ def kernels(results: Sequence[Result], odd: list[Odd]) -> list[Section]:
     """A section a GPU; one that is empty if there is none."""
     machines: dict[str, list[Result]] = {}
     for result in newest(results):
-        if result.row.get("gpu") and result.measurement in ("kernel", "ceiling"):
+        if result.row.get("gpu") and result.measurement in _KERNEL_ROWS:
             machines.setdefault(result.machine, []).append(result)
     sections = [
         _section(gpu, found, odd, f"kernels-{index}" if index else "kernels")
@@ -157,8 +158,19 @@ def _section(gpu: str, results: Sequence[Result], odd: list[Odd], name: str) -> 
         _LEAD,
         _EMPTY,
         charts=[chart for chart in charts if chart is not None],
-        tables=[Table("Numbers: kernels", head, table)] if table else [],
+        tables=[*_checks(results), *([Table("Numbers: kernels", head, table)] if table else [])],
     )
+
+
+def _checks(results: Sequence[Result]) -> list[Table]:
+    """Errors against float64; shown at once if one is too large."""
+    checked = [result for result in results if result.measurement == "correctness"]
+    wrong = sum(result.row.get("passed") is not True for result in checked)
+    title = f"Correctness: {len(checked)} checks, {wrong or 'none'} failed"
+    keys = ("passed", "worst_of_allowed", "worst")
+    rows = [[Cell(r.case), *(exact(r.row.get(k)) for k in keys), Cell(r.commit)] for r in checked]
+    head = ["case", "passed", "error / allowed", "worst", "commit"]
+    return [Table(title, head, rows, is_open=wrong > 0)] if checked else []
 
 
 def _split(result: Result) -> tuple[str, str]:

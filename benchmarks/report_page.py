@@ -71,9 +71,15 @@ def exact(value: object) -> Cell:
     """A value as it is stored, short of digits that no measurement has."""
     if value is None:
         return Cell("")
+    if isinstance(value, bool):
+        return Cell("yes" if value else "no")
     found = number(value)
     if found is None:
-        text = ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+        text = (
+            ", ".join(exact(item).text for item in value)
+            if isinstance(value, list | tuple)
+            else str(value)
+        )
         return Cell(text if len(text) <= 300 else f"{text[:297]}...")
     if isinstance(value, int):
         return Cell(f"{value:,}", is_number=True)

@@ -21,8 +21,8 @@ from fasttune.charts import (
     nice_axis,
 )
 
-MAX_COLOURS = 9
-"""Classes fill-0 to fill-8 of the page's style; further ones begin anew."""
+MAX_COLOURS = 10
+"""Classes fill-0 to fill-9 of the page's style; further ones begin anew."""
 
 
 @dataclass(frozen=True, slots=True)

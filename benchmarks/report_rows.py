@@ -246,10 +246,16 @@ def point(result: Result, metric: str) -> Point | None:
     if len(samples) > 1:
         fifths = statistics.quantiles(samples, n=5, method="inclusive")
         return Point(result, value, fifths[0], fifths[-1])
+    return Point(result, value, _quantile(row, metric, "p20"), _quantile(row, metric, "p80"))
+
+
+def _quantile(row: Row, metric: str, name: str) -> float | None:
+    """Under us_p20, p20_us or p20: {us: }."""
+    by_metric = row.get(name)
+    if isinstance(by_metric, dict):
+        return number(by_metric.get(metric))
     bare = metric.removeprefix("median_")
-    low = number(row.get(f"p20_{bare}", row.get(f"{metric}_p20")))
-    high = number(row.get(f"p80_{bare}", row.get(f"{metric}_p80")))
-    return Point(result, value, low, high)
+    return number(row.get(f"{metric}_{name}", row.get(f"{name}_{bare}")))
 
 
 def histories(results: Sequence[Result]) -> list[History]:
@@ -270,9 +276,12 @@ def histories(results: Sequence[Result]) -> list[History]:
 
 
 def newest(results: Iterable[Result]) -> list[Result]:
-    """Of each machine, measurement and case the last row, in the order of first appearance."""
+    """Of each machine, measurement and case the last row, in the order of first appearance. Quick
+    rows are left out."""
     found: dict[tuple[str, str, str], Result] = {}
     for result in results:
+        if result.row.get("quick"):
+            continue
         key = (result.machine, result.measurement, result.case)
         if key not in found or result.time >= found[key].time:
             found[key] = result

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks import command, report_sections
+from benchmarks import command, report_gates, report_measured
 from benchmarks.report import render
 from benchmarks.report_gpu import kernels, steps
 from benchmarks.report_plots import Ceiling, Interval, Mark, Part, PlotRow, log_axis, rows_plot
@@ -39,7 +39,8 @@ PEAKS = {
         "optimizer_gib": 0.25,
         "ema_gib": 0.0,
         "saved_gib": 3.5,
-        "transient_gib": 2.8734,
+        "recomputed_gib": 1.0,
+        "transient_gib": 1.8734,
         "module": "transformer_blocks.18.ff",
         "phase": "backward",
     },
@@ -51,7 +52,14 @@ GATES: dict[str, dict[str, dict[str, Any]]] = {
         "flux-lora": {"tflop": 220.125, "moved_gib": 612.5, "step_ms RTX 4090": 2152.1},
         "sdxl-full": {"tflop": 20.5, "moved_gib": 60.25, "step_ms RTX 4090": 227.5},
     },
-    "blocks": {"single, lora": {"saved_u": 8.0, "plain_u": 20.0, "min_cut_u": 16.0, "tensors": 9}},
+    "blocks": {
+        "single, lora": {
+            "saved_u": 8.0,
+            "plain_u": 20.0,
+            "min_cut_u": 16.0,
+            "tensors": ["1 x (4608, 3072) bf16, 1 u each, mul", "rest 0.01 u"],
+        }
+    },
     "launches": {
         "flux-lora, eager": {"launches": 900, "gemm": 300, "pointwise": 500, "copy": 100},
         "flux-lora, compiled": {"launches": 400, "gemm": 300, "pointwise": 90, "copy": 10},
@@ -136,12 +144,11 @@ def expected(tmp_path: Path) -> Path:
 @pytest.fixture
 def page(tmp_path: Path, expected: Path) -> str:
     rows = [
-        row(case="ema against torch", ratio=0.5, ratio_low=0.45, ratio_high=0.55, rounds=20),
+        row(case="ema against torch", ratio=0.5, bounds_95=[0.45, 0.55], rounds=20),
         row(
             case="ema against torch",
             ratio=0.4,
-            ratio_low=0.38,
-            ratio_high=0.42,
+            bounds_95=[0.38, 0.42],
             commit="bbbb",
             time="2026-02-01T00:00:00+00:00",
         ),
@@ -177,7 +184,17 @@ def test_every_plot_says_in_words_what_it_shows(page: str) -> None:
 
 def test_tables_have_the_exact_numbers(page: str) -> None:
     cells = Page(page).text
-    for number_ in ("29.1234", "2.8734", "220.125", "2,152.1", "310.5", "12.5", "0.45", "900"):
+    for number_ in (
+        "29.1234",
+        "1.8734",
+        "220.125",
+        "2,152.1",
+        "310.5",
+        "12.5",
+        "0.38, 0.42",
+        "900",
+        "rest 0.01 u",
+    ):
         assert number_ in cells, number_
 
 
@@ -227,9 +244,9 @@ def test_colours_have_contrast(page: str) -> None:
         r"(@media \(prefers-color-scheme: dark\) \{\s*)?:root \{(.*?)\}", style, re.S
     ):
         (dark if block[1] else light).update(re.findall(r"(--\w+): (#[0-9a-f]{3,8})", block[2]))
-    assert light.keys() == dark.keys() >= {"--c0", "--c8", "--ink", "--soft"}
+    assert light.keys() == dark.keys() >= {"--c0", "--c9", "--ink", "--soft"}
     for theme in (light, dark):
-        for name, least in {"--ink": 7, "--soft": 4.5, **{f"--c{i}": 3 for i in range(9)}}.items():
+        for name, least in {"--ink": 7, "--soft": 4.5, **{f"--c{i}": 3 for i in range(10)}}.items():
             assert contrast(theme[name], theme["--card"]) >= least, (name, theme[name])
 
 
@@ -250,8 +267,8 @@ def contrast(a: str, b: str) -> float:
 def test_what_rows_say_is_escaped(tmp_path: Path, expected: Path) -> None:
     bad = """</title><script>alert(1)</script>"'{{ 7*7 }}&amp;"""
     rows = [
-        row(bad, case=bad, ratio=0.5, ratio_low=0.4, ratio_high=0.6, commit=bad),
-        row(bad, case=bad, ratio=0.6, ratio_low=0.4, ratio_high=0.7, commit="b", torch=bad),
+        row(bad, case=bad, ratio=0.5, bounds_95=[0.4, 0.6], commit=bad),
+        row(bad, case=bad, ratio=0.6, bounds_95=[0.4, 0.7], commit="b", torch=bad),
         kernel(bad, bad, gpu=bad),
         row(bad, case=bad, gpu=bad, step_ms=3.0, peak_gib=1.0),
     ]
@@ -304,7 +321,7 @@ def test_values_of_any_kind_break_nothing(tmp_path: Path, seed: int) -> None:
         5e-324,
     ]
     keys = ["case", "time", "commit", "gpu", "cpu", "cores", "samples", "us", "step_ms", "quick"]
-    keys += ["ratio", "ratio_low", "ratio_high", "gb_per_s", "tflop_per_s", "fraction_of_ceiling"]
+    keys += ["ratio", "bounds_95", "gb_per_s", "tflop_per_s", "fraction_of_ceiling"]
     keys += [
         "peak_gib",
         "predicted_peak_gib",
@@ -329,7 +346,7 @@ def test_values_of_any_kind_break_nothing(tmp_path: Path, seed: int) -> None:
             row("ceiling", case="copy", gb_per_s=9.0, gpu=GPU),
             row("ceiling", case="matmul bf16", tflop_per_s=9.0, gpu=GPU),
             row("step", step_ms=5.0, peak_gib=3.0, gpu=GPU),
-            row(ratio=0.5, ratio_low=0.4, ratio_high=0.6, a_ms=3.0),
+            row(ratio=0.5, bounds_95=[0.4, 0.6], a_ms=3.0),
         )
     ]
     gates: dict[str, Any] = {
@@ -356,7 +373,7 @@ def test_an_expectation_that_is_none_is_listed(tmp_path: Path, text: str) -> Non
 
 
 def test_a_stack_adds_up_to_the_peak(expected: Path) -> None:
-    section = report_sections.memory(PEAKS, [])
+    section = report_gates.memory(PEAKS, [])
     bars = Page(str(section.charts[0])).bars
     # both rows start at 0; the scale is that of the 24 GB mark
     mark = re.search(r'left:([\d.]+)%">24 GB', str(section.charts[0]))
@@ -382,7 +399,7 @@ def test_a_stack_adds_up_to_the_peak(expected: Path) -> None:
 )
 def test_a_peak_that_cannot_be_is_listed(spoilt: dict[str, Any], reason: str) -> None:
     odd: list[Any] = []
-    section = report_sections.memory({"x": {**PEAKS["flux-lora"], **spoilt}}, odd)
+    section = report_gates.memory({"x": {**PEAKS["flux-lora"], **spoilt}}, odd)
     assert not section.charts
     assert reason in odd[0].reason
 
@@ -394,7 +411,7 @@ def test_marks_beyond_the_largest_bar_are_left_out() -> None:
 
 
 def test_what_does_not_fit_into_a_card_is_struck_out() -> None:
-    section = report_sections.roofline_times(GATES["flops"], PEAKS, {"RTX 4090": 24.0})
+    section = report_gates.roofline_times(GATES["flops"], PEAKS, {"RTX 4090": 24.0})
     by_case = {row[0].text: row[1] for row in section.tables[0].rows}
     assert by_case["flux-lora"].is_over and not by_case["sdxl-full"].is_over
     assert by_case["flux-lora"].text == "2,152.1"
@@ -403,17 +420,17 @@ def test_what_does_not_fit_into_a_card_is_struck_out() -> None:
 
 def test_the_slower_the_more_colour() -> None:
     cases = {"a": {"step_ms X": 1.0, "step_ms Y": 10.0}, "b": {"step_ms X": 100.0}}
-    rows = report_sections.roofline_times(cases, {}, {}).tables[0].rows
+    rows = report_gates.roofline_times(cases, {}, {}).tables[0].rows
     assert 0 < rows[0][1].heat < rows[0][2].heat < rows[1][1].heat <= 40
     assert rows[1][2].text == "" and rows[1][2].heat == 0
 
 
 def test_blocks_and_launches_are_to_scale() -> None:
-    bars = Page(str(report_sections.blocks(GATES["blocks"]).charts[0])).bars
+    bars = Page(str(report_gates.blocks(GATES["blocks"]).charts[0])).bars
     widths = [bar["width"] for bar in bars]
     assert widths[1] / widths[0] == pytest.approx(16 / 8, rel=1e-3)
     assert widths[2] / widths[0] == pytest.approx(20 / 8, rel=1e-3)
-    chart = str(report_sections.launches(GATES["launches"]).charts[0])
+    chart = str(report_gates.launches(GATES["launches"]).charts[0])
     widths = [bar["width"] for bar in Page(chart).bars]
     assert np.array(widths) / widths[0] * 300 == pytest.approx([300, 500, 100, 300, 90, 10], abs=1)
     assert "900 eager\n400 compiled" in chart
@@ -426,14 +443,18 @@ def test_half_and_double_are_equally_far_from_one() -> None:
     assert one - half == pytest.approx(double - one, abs=0.2) and one > half
 
 
-def test_bounds_of_a_single_round_do_not_squeeze_the_rest() -> None:
-    wide = row(case="a", ratio=1.0, ratio_low=0.0, ratio_high=1e9)
-    section = report_sections.ratios(
-        results(wide, row(case="b", ratio=-1.0, ratio_low=0, ratio_high=1))
+def test_wide_bounds_do_not_squeeze_the_rest() -> None:
+    found = results(
+        row(case="a", ratio=1.0, bounds_95=[0.01, 900.0], rounds=2),
+        row(case="b", ratio=2.0, bounds_95=None, rounds=1),
+        row(case="c", ratio=-1.0, bounds_95=[0.5, 1.5]),
+        row(case="d", ratio=0.5, bounds_95=[0.4, 0.6], quick=True),
     )
-    assert ">64<" not in str(section.charts[0])
-    assert [cell.text for cell in section.tables[0].rows[0][1:4]] == ["1", "0", "1,000,000,000.0"]
-    assert len(section.tables[0].rows) == 1  # a ratio below 0 is none
+    section = report_measured.ratios(found)
+    assert "900" not in section.charts[0]
+    # a ratio below 0 is none, and quick rows are no measurements
+    cells = [[cell.text for cell in r[:3]] for r in section.tables[0].rows]
+    assert cells == [["a", "1", "0.01, 900"], ["b", "2", ""]]
 
 
 # The roofline
@@ -486,6 +507,18 @@ def test_the_share_of_the_ceiling_has_every_contender(page: str) -> None:
     assert any("norm 1x8x8 bf16 forward, ours: 80.0 %" in t for t in titles)
 
 
+def test_a_failed_check_is_shown_at_once() -> None:
+    checks = [
+        row("correctness", case="norm 1x7", passed=True, worst_of_allowed=0.4, gpu=GPU),
+        row("correctness", case="norm 2x7", passed=False, worst_of_allowed=3.0, gpu=GPU),
+    ]
+    (table,) = kernels(results(*checks), [])[0].tables
+    assert table.is_open and table.title == "Correctness: 2 checks, 1 failed"
+    assert [cell.text for cell in table.rows[1][:3]] == ["norm 2x7", "no", "3"]
+    (table,) = kernels(results(checks[0]), [])[0].tables
+    assert not table.is_open and table.title.endswith("none failed")
+
+
 def test_what_does_not_fit_is_shown_beside_what_does() -> None:
     usual = {"gpu": GPU, "peak_gib": 8.0}
     found = results(
@@ -532,6 +565,8 @@ def test_the_band_is_from_the_samples() -> None:
     # rows without samples: their own quantiles, or a list of repetitions, or neither
     found = point(results(row(us=3.0, us_p20=2.0, us_p80=4.0, samples=146))[0], "us")
     assert found is not None and (found.low, found.high) == (2.0, 4.0)
+    found = point(results(row(a_ms=3.0, p20={"a_ms": 2.0}, p80={"a_ms": 4.0}))[0], "a_ms")
+    assert found is not None and (found.low, found.high) == (2.0, 4.0)
     found = point(results(row(load_s=[1.0, 2.0, 6.0]))[0], "load_s")
     assert found is not None and found.value == 2.0 and found.low is not None
     found = point(results(row(a_ms=3.0))[0], "a_ms")
@@ -575,9 +610,9 @@ def test_history_is_drawn_in_the_order_of_time(tmp_path: Path) -> None:
 
 
 def test_a_long_history_is_cut_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(report_sections, "MAX_HISTORIES", 2)
+    monkeypatch.setattr(report_measured, "MAX_HISTORIES", 2)
     rows = [row(case=f"{i}", a_ms=1.0, commit=c) for i in range(3) for c in "ab"]
-    (section,) = report_sections.history(histories(results(*rows)))
+    (section,) = report_measured.history(histories(results(*rows)))
     assert len(section.charts) == 2 and "The first 2 of 3" in section.lead
     assert len(section.tables[0].rows) == 6
 

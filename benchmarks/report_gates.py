@@ -1,34 +1,28 @@
-"""The sections of the results' page: what the static gates expect, and what was measured."""
+"""What the static gates expect, in sections of the results' page."""
 
 import math
-import re
-from collections.abc import Mapping, Sequence
-
-from markupsafe import Markup
+from collections.abc import Mapping
 
 from benchmarks.harness import Row
-from benchmarks.report_page import Cell, Section, Table, Tile, case_table, exact
+from benchmarks.report_page import Cell, Section, Table, case_table, exact
 from benchmarks.report_plots import (
-    Interval,
     Mark,
-    Moment,
     Part,
     PlotRow,
-    history_plot,
     rows_plot,
 )
-from benchmarks.report_rows import History, Odd, Result, newest, number
-from fasttune.charts import format_number
+from benchmarks.report_rows import Odd, number
 
 Cases = Mapping[str, Row]
 
 CARD_SIZES = (8, 12, 16, 24, 32)
 """GB printed on the box, which are GiB in the card."""
-MAX_HISTORIES = 240
-"""Charts on the page; the pages' size is what grows."""
-
-_PARTS = ("weights", "adapters", "gradients", "optimizer", "ema", "saved", "inputs", "transient")
-_PART_NAMES = {"ema": "EMA", "saved": "saved activations"}
+_PARTS = tuple("weights adapters gradients optimizer ema saved recomputed inputs transient".split())
+_PART_NAMES = {
+    "ema": "EMA",
+    "saved": "saved activations",
+    "recomputed": "recomputed activations",
+}
 _KINDS = ("gemm", "attention", "custom", "pointwise", "copy")
 _BLOCKS = (
     ("saved_u", "fasttune"),
@@ -111,6 +105,12 @@ def blocks(cases: Cases) -> Section:
         unit="u",
         legend=[(colour, name) for colour, (_, name) in enumerate(_BLOCKS)],
     )
+    numbers = {c: {k: row[k] for k in row if k != "tensors"} for c, row in cases.items()}
+    kept = Table(
+        "Tensors that are kept",
+        ["block", "count, shape, dtype, u of each, operation"],
+        [[Cell(case), Cell(line)] for case, row in cases.items() for line in _lines(row)],
+    )
     return Section(
         "blocks",
         "Saved bytes per block",
@@ -118,8 +118,13 @@ def blocks(cases: Cases) -> Section:
         "what torch.compile's partitioner would keep of the same block, plain what eager PyTorch keeps.",
         _STATIC,
         charts=[chart] if chart else [],
-        tables=[case_table("Numbers: blocks", cases, first="block")] if cases else [],
+        tables=[case_table("Numbers: blocks", numbers, first="block"), kept] if cases else [],
     )
+
+
+def _lines(row: Row) -> list[str]:
+    tensors = row.get("tensors")
+    return [str(line) for line in tensors] if isinstance(tensors, list) else []
 
 
 def roofline_times(cases: Cases, peaks: Cases, memory_gib: Mapping[str, float]) -> Section:
@@ -140,9 +145,9 @@ def roofline_times(cases: Cases, peaks: Cases, memory_gib: Mapping[str, float]) 
         peak = number(peaks.get(case, {}).get("peak_gib"))
         size = memory_gib.get(card.removeprefix(prefix))
         if peak is not None and size is not None and peak > size:
-            return Cell(f"{time:,.1f}", is_number=True, is_over=True)
+            return Cell(_milliseconds(time), is_number=True, is_over=True)
         heat = 6 + round(34 * (math.log(time) - low) / (high - low or 1.0))
-        return Cell(f"{time:,.1f}", is_number=True, heat=heat)
+        return Cell(_milliseconds(time), is_number=True, heat=heat)
 
     tables = []
     if cards:
@@ -172,6 +177,10 @@ def roofline_times(cases: Cases, peaks: Cases, memory_gib: Mapping[str, float]) 
         _STATIC,
         tables=tables,
     )
+
+
+def _milliseconds(value: float) -> str:
+    return f"{value:,.1f}" if value >= 10 else f"{value:.2f}"
 
 
 def launches(cases: Cases) -> Section:
@@ -225,169 +234,3 @@ def other_gates(gates: Mapping[str, Cases], versions: Mapping[str, str]) -> Sect
             if name not in plotted and cases
         ],
     )
-
-
-def ratios(results: Sequence[Result]) -> Section:
-    """Dots with intervals around 1."""
-    rows, table = [], []
-    for result in newest(results):
-        for name, value, low, high in _ratios(result.row):
-            bounds = (number(low), number(high))
-            known = number(value)
-            if known is None or known <= 0:
-                continue
-            label = f"{result.title}, {name}" if name else result.title
-            # Bounds of a single round are 0 and huge: the line ends at an eighth and eightfold.
-            less, more = (
-                known if bound is None else min(max(bound, known / 8), known * 8)
-                for bound in bounds
-            )
-            text = f"{label}: {known:.3f}, {less:.3f} to {more:.3f}"
-            shown = f"{known:.3f}"
-            rows.append(PlotRow(label, [[Interval(0, known, less, more, text)]], shown))
-            table.append(
-                [
-                    Cell(label),
-                    *map(exact, (known, *bounds, result.row.get("rounds"))),
-                    *map(Cell, (result.machine, result.commit, result.time[:10])),
-                    exact(result.row.get("differs")),
-                ]
-            )
-    chart = rows_plot("Time beside the contender", rows, unit="ratio", ratio=True)
-    head = ["measurement", "ratio", "low", "high", "rounds", "machine", "commit", "date"]
-    head.append("other work")
-    return Section(
-        "cpu",
-        "Ratios on the CPU",
-        "Time of fasttune's way over a named contender's, measured in turns in one run: left of 1 is "
-        "faster. The line holds 95 % of the bootstrap.",
-        "No ratios yet: run fasttune bench cpu.",
-        charts=[chart] if chart else [],
-        tables=[Table("Numbers: ratios", head, table)] if table else [],
-    )
-
-
-def _ratios(row: Row) -> list[tuple[str, object, object, object]]:
-    """(name, value, low, high) of what a row has under "ratio" or "<name>_ratio", with bounds."""
-    found = []
-    for key in row:
-        match = re.fullmatch(r"(?:(\w+)_)?ratio", key)
-        if match and f"{key}_low" in row and f"{key}_high" in row:
-            found.append((match[1] or "", row[key], row[f"{key}_low"], row[f"{key}_high"]))
-    return found
-
-
-def history(found: Sequence[History]) -> list[Section]:
-    """A section a machine, so that its name is a heading; one that is empty if there is nothing."""
-    lead = "Metrics that were measured at more than one commit, oldest left; the band holds the middle 60 % "
-    lead += "of the rounds. Commits are under the pointer and in the table."
-    empty = "No metric has rows of two commits yet."
-    if not found:
-        return [Section("history", "History", "", empty)]
-    machines: dict[str, list[History]] = {}
-    for item in found:
-        machines.setdefault(item.machine, []).append(item)
-    sections = []
-    left = MAX_HISTORIES
-    for index, (machine, items) in enumerate(machines.items()):
-        more = len(items) - left
-        tail = (
-            f" The first {left} of {len(items)} are drawn; the table has all." if more > 0 else ""
-        )
-        sections.append(
-            Section(
-                f"history-{index}" if index else "history",
-                f"History on {machine}",
-                lead + tail,
-                empty,
-                charts=[_history_chart(item) for item in items[:left]],
-                tables=[_history_table(items)],
-                is_small=True,
-            )
-        )
-        left = max(left - len(items), 0)
-    return sections
-
-
-def _history_chart(item: History) -> Markup:
-    first, last = item.points[0].value, item.points[-1].value
-    change = f"{last / first - 1:+.1%}".replace("-", "−") if first else ""
-    unit = item.metric.replace("_", " ")
-    return history_plot(
-        item.title,
-        [
-            Moment(
-                p.value,
-                p.low,
-                p.high,
-                p.result.time[:10] or "undated",
-                f"{p.result.commit}, {p.result.time[:16]}: {format_number(p.value, digits=4)}"
-                + (f", torch {p.result.row['torch']}" if p.result.row.get("torch") else ""),
-            )
-            for p in item.points
-        ],
-        unit=unit,
-        note=change,
-    )
-
-
-def _history_table(items: Sequence[History]) -> Table:
-    return Table(
-        "Numbers: history",
-        ["measurement", "metric", "value", "20 %", "80 %", "commit", "time", "torch"],
-        [
-            [
-                Cell(item.title),
-                Cell(item.metric),
-                *map(exact, (p.value, p.low, p.high)),
-                *map(Cell, (p.result.commit, p.result.time, str(p.result.row.get("torch") or ""))),
-            ]
-            for item in items
-            for p in item.points
-        ],
-    )
-
-
-def oddities(odd: Sequence[Odd]) -> Section | None:
-    """What could not be used."""
-    if not odd:
-        return None
-    return Section(
-        "odd",
-        "Rows that could not be used",
-        "",
-        "",
-        tables=[
-            Table(
-                "Odd rows",
-                ["place", "reason"],
-                [[Cell(o.place), Cell(o.reason)] for o in odd],
-                True,
-            )
-        ],
-    )
-
-
-def tiles(results: Sequence[Result], gates: Mapping[str, Cases]) -> list[Tile]:
-    """The page in four numbers."""
-    found = []
-    peaks = {case: number(row.get("peak_gib")) for case, row in gates.get("memory", {}).items()}
-    known = {case: peak for case, peak in peaks.items() if peak is not None}
-    if known:
-        most = max(known, key=lambda case: known[case])
-        detail = f"largest peak {known[most]:.1f} GiB, {most}"
-        found.append(Tile("Training steps counted", str(len(known)), detail))
-    rows = [row for cases in gates.values() for row in cases.values()]
-    if rows:
-        bad = sum(bool(row.get("problem")) for row in rows)
-        detail = f"{bad} with a problem" if bad else f"{sum(map(len, rows)):,} values held exact"
-        found.append(Tile("Exact gates", f"{len(rows):,} cases", detail, "worse" if bad else ""))
-    if results:
-        machines = len({result.machine for result in results})
-        last = max(result.time for result in results)[:10]
-        detail = f"on {machines} machine{'s' if machines > 1 else ''}; the last {last}"
-        found.append(Tile("Rows measured", f"{len(results):,}", detail))
-    gpus = sorted({str(result.row["gpu"]) for result in results if result.row.get("gpu")})
-    detail = ", ".join(gpus) if gpus else "run benchmarks/gpu/run.sh"
-    found.append(Tile("GPUs measured", str(len(gpus)) if gpus else "none yet", detail))
-    return found
