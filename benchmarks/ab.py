@@ -126,10 +126,10 @@ def workload_of(args: argparse.Namespace) -> Workload:
     """The suite as the arguments have it. FasttuneError for what does not fit together."""
     workload = SUITES[args.suite]
     if args.suite == "steps":
-        commands = tuple((*STEPS, "--case", case) for case in args.case or STEP_CASES)
-        if args.smoke:
-            commands = tuple((*command, "--smoke") for command in commands)
-        elif not _has_gpu():
+        smoke = ("--smoke",) if args.smoke else ()
+        cases = args.case or STEP_CASES
+        commands = tuple((*STEPS, "--case", case, *smoke) for case in cases)
+        if not args.smoke and not _has_gpu():
             raise HardwareError(
                 "suite steps needs a GPU that torch can use, and there is none. Without one there "
                 "are --suite loop, and --smoke to see that everything is in place"
