@@ -120,8 +120,11 @@ def run_child(
             status = child.wait()
         finally:
             timer.cancel()
-            _kill(child)
+            if child.poll() is None:
+                _kill(child)
             child.wait()
+            if child.stdout is not None:
+                child.stdout.close()
         if late.is_set():
             pass_on()
         errors.seek(0)
@@ -130,13 +133,11 @@ def run_child(
 
 
 def _kill(child: "subprocess.Popen[str]") -> None:
-    """The child with whatever it has started (compile workers), if it still runs."""
-    if child.poll() is not None:
-        return
+    """The child and whatever it has started: a compile worker that outlives it holds its output."""
     if hasattr(os, "killpg"):
         try:
             os.killpg(child.pid, signal.SIGKILL)
-        except ProcessLookupError:  # it ended in between
+        except ProcessLookupError:  # all of them have ended
             pass
     else:
         child.kill()

@@ -88,7 +88,7 @@ def folder_of(case: StepCase, smoke: bool) -> Iterator[Path]:
     from benchmarks.static.shrunk import write_shrunk
 
     with tempfile.TemporaryDirectory() as temporary:
-        yield write_shrunk(case.folder, Path(temporary))
+        yield write_shrunk(case.folder, Path(temporary), repeats=2)
 
 
 def side_of(case: StepCase, smoke: bool) -> int:
