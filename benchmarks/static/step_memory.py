@@ -2,12 +2,13 @@
 
 import gc
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
+from benchmarks.static.gpu_operations import as_on_gpu
 from fasttune.memory.trace import MemoryTrace, tensors_in
 from fasttune.rehearsal import Rehearsal
 
@@ -38,7 +39,9 @@ def trace_rehearsal(rehearsal: Rehearsal, *, steps: int = 2) -> MemoryResult:
     would wait for it is held, and shows.
     """
     trace = MemoryTrace(rehearsal.denoiser)
-    with _without_collection(), trace:
+    stands_for_gpu = rehearsal.device_type == "cuda" and rehearsal.placement.device.type == "cpu"
+    operations = as_on_gpu(rehearsal.denoiser) if stands_for_gpu else nullcontext()
+    with _without_collection(), operations, trace:
         label_rehearsal(trace, rehearsal)
         trace.reset_peak()
         for step in range(steps):

@@ -69,6 +69,18 @@ class Peak:
     """"forward", "backward", or the name given to `MemoryTrace.phase`."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Held:
+    """A storage, as the first tensor on it that was seen."""
+
+    category: str
+    bytes: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    made_by: str
+    """The operation, "aten.addmm.default"; empty for what came from outside."""
+
+
 @dataclass(slots=True)
 class _Storage:
     """A storage that lives."""
@@ -80,6 +92,10 @@ class _Storage:
     category: str
     born: int
     """Count of operations when it was first seen."""
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    made_by: Any
+    """The operation, None if from outside."""
 
 
 class MemoryTrace(TorchDispatchMode):
@@ -132,6 +148,19 @@ class MemoryTrace(TorchDispatchMode):
     def breakdown(self) -> dict[str, int]:
         """Bytes held now, by category."""
         return dict(self._held)
+
+    def held(self) -> list[Held]:
+        """All that is held now, in the order it was first seen."""
+        return [
+            Held(
+                category=storage.category,
+                bytes=storage.size,
+                shape=tuple(storage.shape),
+                dtype=storage.dtype,
+                made_by="" if storage.made_by is None else str(storage.made_by),
+            )
+            for storage in self._storages.values()
+        ]
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -205,7 +234,7 @@ class MemoryTrace(TorchDispatchMode):
         out = func(*args, **kwargs)
         self._time += 1
         made = self._category_of_new()
-        new = [tensor for tensor in tensors_in([out]) if self._follow(tensor, made)]
+        new = [tensor for tensor in tensors_in([out]) if self._follow(tensor, made, func)]
         if new:
             if func is torch.ops.aten.add.Tensor and self._is_sum_of_gradients():
                 self._replaceable = _could_hold(new[0], given) or None
@@ -213,7 +242,7 @@ class MemoryTrace(TorchDispatchMode):
                 self._look()
         return out
 
-    def _follow(self, tensor: Tensor, category: str) -> bool:
+    def _follow(self, tensor: Tensor, category: str, made_by: Any = None) -> bool:
         """Counts a storage unless it is known already; whether it was new."""
         storage = tensor.untyped_storage()
         key, nbytes = storage._cdata, storage.nbytes()
@@ -223,7 +252,9 @@ class MemoryTrace(TorchDispatchMode):
                 return False
             reference = weakref.ref(storage, partial(self._died, key))
             size = self._rounding(nbytes)
-            self._storages[key] = _Storage(reference, nbytes, size, category, self._time)
+            self._storages[key] = _Storage(
+                reference, nbytes, size, category, self._time, tensor.shape, tensor.dtype, made_by
+            )
             self._count(category, size)
             return True
         if known.nbytes != nbytes:  # resized
