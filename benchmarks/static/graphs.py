@@ -1,0 +1,235 @@
+"""Gate graphs: what compiling the blocks costs over all aspect buckets, and that it changes no loss.
+
+Each model is taken at the structure of its released config.json with small widths and at the sizes of
+all its buckets, so token counts are the real ones. Graphs are made by torch.compile and counted; in
+their place runs nothing, as graphs and guards depend on shapes alone. Losses are compared on small
+images, where everything runs, by the graphs of forward and backward without code generation: what a
+processor's C++ would add says nothing of a GPU's kernels, and takes a minute to compile.
+
+A block that breaks its graph, or meets more shapes than torch keeps graphs for, goes on in eager mode
+without an error: `graph_breaks` and `eager_calls` show it.
+"""
+
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from benchmarks.harness import Row
+from benchmarks.static.compiled import Backend, compile_blocks
+from benchmarks.static.models import config_named, model_folder
+from benchmarks.static.shrunk import write_shrunk
+from benchmarks.static.stand_in import Like, stand_in
+from fasttune.config import Config
+from fasttune.data.buckets import make_buckets
+from fasttune.device import Placement
+from fasttune.models import MODELS
+from fasttune.models.layers import Block, set_recompute
+from fasttune.models.weights import read_config
+from fasttune.rehearsal import random_batch, rehearse
+
+VERSIONS = ("torch", "python")
+CONFIGS = ("flux-lora-32gb", "sdxl-lora-12gb", "sd1-lora-8gb", "sd2-lora-8gb", "quickstart")
+LATENT_SIDE = 8
+"""Pixels of an image to one of its latents."""
+SEQUENCES = ("flux",)
+"""Families whose blocks see a sequence of tokens; those of a U-Net see height and width."""
+RANK = 2
+TOLERANCE = 1e-4
+"""Largest relative difference between losses, or norms of gradients, compiled and eager: float32 keeps
+7 digits, and a compiled sum adds up in another order."""
+LOSS_STEPS = 4
+CPU = Placement(
+    device=torch.device("cpu"),
+    base_dtype=torch.float32,
+    compute_dtype=torch.float32,
+    reason="structure alone",
+)
+
+Size = tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A run on a model's structure."""
+
+    name: str
+    config: Config
+    folder: Path
+    """Config files of the shrunk model."""
+
+    @property
+    def sizes(self) -> tuple[Size, ...]:
+        """(width, height) in pixels of all buckets, as the run would make them."""
+        spec = MODELS[self.config.model.family]
+        multiple = spec.latent_multiple(read_config(self.folder, spec.denoiser_folder))
+        source = self.config.data[0]
+        return make_buckets(
+            resolution=source.resolution,
+            resolution_type=source.resolution_type,
+            multiple=multiple * LATENT_SIDE,
+            max_aspect=source.max_aspect,
+            aspect_buckets=source.aspect_buckets,
+        ).sizes
+
+
+def rows() -> Iterator[Row]:
+    for name in CONFIGS:
+        with shrunk_case(name, repeats=2) as case:  # a second block may differ from the first
+            yield graphs_row(case, case.sizes)
+        with shrunk_case(name, repeats=1) as case:
+            yield losses_row(case, "aot_eager")
+
+
+@contextmanager
+def shrunk_case(name: str, *, repeats: int) -> Iterator[Case]:
+    """A config of configs/ on its model's structure at small widths, and at most so many of what
+    repeats."""
+    config = config_named(name)
+    config = replace(config, adapter=replace(config.adapter, rank=RANK, alpha=float(RANK)))
+    with tempfile.TemporaryDirectory() as folder:
+        yield Case(name, config, write_shrunk(model_folder(config), Path(folder), repeats=repeats))
+
+
+@dataclass(slots=True)
+class Watch:
+    """Counts graphs as they are made and as they run, by the kind of block that runs."""
+
+    graphs: Counter[str] = field(default_factory=Counter)
+    calls: int = 0
+    """Of blocks, forward and recomputed."""
+    eager_calls: int = 0
+    """Calls that did not run in exactly one graph."""
+    _kind: str = ""
+    _runs: int = 0
+
+    def backend(self, graph: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        """For torch.compile: counts the graph, and leaves its computation out."""
+        self.graphs[self._kind] += 1
+        (output,) = (node for node in graph.graph.nodes if node.op == "output")
+        outputs = [Like.of(node.meta["example_value"]) for node in output.args[0]]
+
+        def run(*inputs: Any) -> tuple[Tensor, ...]:
+            self._runs += 1
+            return stand_in(outputs, inputs)
+
+        return run
+
+    def follow(self, kind: str, block: Block) -> None:
+        """Has the block's calls counted; compile it first."""
+        inner = block.forward
+
+        def forward(*args: Any) -> Any:
+            self.calls += 1
+            self._kind, before = kind, self._runs
+            try:
+                return inner(*args)
+            finally:  # recomputation stops by an exception when it has what it needs
+                self.eager_calls += self._runs != before + 1
+
+        block.forward = forward
+
+
+def graphs_row(case: Case, sizes: Sequence[Size]) -> Row:
+    """Graphs of all kinds of blocks over buckets of these sizes, and in how many of the buckets
+    something is compiled again after each distinct shape was met once."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    config, folder = case.config, case.folder
+    rehearsal = rehearse(config, folder, placement=CPU, size=sizes[0])
+    spec = MODELS[config.model.family]
+    batches = {size: random_batch(config, spec, folder, CPU, size) for size in sizes}
+    watch = Watch()
+    kinds = compile_blocks(rehearsal.denoiser, backend=watch.backend, fullgraph=False)
+    for kind, blocks in kinds.items():
+        for block in blocks:
+            watch.follow(kind, block)
+
+    def run(size: Size) -> None:
+        rehearsal.batch = batches[size]
+        rehearsal.micro_batch()
+
+    by_tokens = {width * height: (width, height) for width, height in sizes}
+    set_recompute(rehearsal.denoiser, False)
+    warmed = by_tokens.values() if config.model.family in SEQUENCES else sizes
+    for size in warmed:
+        run(size)
+    again = {}
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for recompute in (False, True):
+            set_recompute(rehearsal.denoiser, recompute)
+            again[recompute] = sum(_recompiles(run, size) for size in sizes)
+    by_class: Counter[str] = Counter()
+    for kind, count in watch.graphs.items():
+        by_class[f"graphs_of_{kind.split()[0]}"] += count
+    return {
+        "case": f"{case.name}, blocks",
+        "buckets": len(sizes),
+        "token_counts": len(by_tokens),
+        "shapes_warmed": len(warmed),
+        "block_kinds": len(kinds),
+        "graphs": watch.graphs.total(),
+        **by_class,
+        "graphs_of_one_kind": max(watch.graphs.values(), default=0),
+        "graph_breaks": sum(torch._dynamo.utils.counters["graph_break"].values()),
+        "buckets_recompiled": again[False],
+        "buckets_recompiled_under_recompute": again[True],
+        "eager_calls": watch.eager_calls,
+    }
+
+
+def _recompiles(run: Callable[[Size], None], size: Size) -> bool:
+    try:
+        run(size)
+    except RuntimeError as error:
+        if "recompile" not in str(error):
+            raise
+        return True
+    return False
+
+
+def losses_row(case: Case, backend: Backend) -> Row:
+    """Whether training goes as in eager mode."""
+    torch._dynamo.reset()
+    same = agree(losses(case, None), losses(case, backend))
+    row: Row = {
+        "case": f"{case.name}, losses",
+        "steps": LOSS_STEPS,
+        "tolerance": TOLERANCE,
+        "losses_agree": same,
+    }
+    return row if same else {**row, "problem": "compiled blocks train otherwise than eager ones"}
+
+
+def losses(case: Case, backend: Backend | None) -> list[float]:
+    """Losses and gradient norms of a short training on a small image, both of every step; eager
+    without a backend."""
+    config = replace(
+        case.config,
+        train=replace(case.config.train, batch_size=2, gradient_accumulation=1),
+        optimizer=replace(case.config.optimizer, lr=1e-2),
+        schedule=replace(case.config.schedule, name="constant", warmup_steps=0),
+    )
+    smallest = min(min(size) for size in case.sizes)
+    side = max(64, smallest // 8)
+    rehearsal = rehearse(config, case.folder, placement=CPU, size=(side, side))
+    if backend is not None:
+        compile_blocks(rehearsal.denoiser, backend=backend)
+    found: list[float] = []
+    for step in range(LOSS_STEPS):
+        rehearsal.trained.set_lr(step)
+        found.append(float(rehearsal.micro_batch()))
+        found.append(float(rehearsal.update()))
+    return found
+
+
+def agree(eager: Sequence[float], compiled: Sequence[float]) -> bool:
+    """Within TOLERANCE; never if one is not finite."""
+    pairs = zip(eager, compiled, strict=True)
+    return all(abs(b - a) <= TOLERANCE * abs(a) for a, b in pairs)
