@@ -1,7 +1,8 @@
 """Losses of the rehearsed runs, beside those that were recorded.
 
-Weights, batch and noise of a rehearsal are functions of the seed and the kind of device, so the losses of a
-case repeat on one kind of GPU but for the rounding of atomics; a kernel that is wrong bends the curve.
+Weights, batch and noise of a rehearsal are functions of the seed, the kind of device and torch's version
+(2.11 and 2.13 draw other bf16 numbers on the CPU), so the losses of a case repeat where these are
+the same, but for the rounding of atomics; a kernel that is wrong bends the curve.
 """
 
 import json
@@ -16,7 +17,12 @@ TOLERANCE = 0.01
 """Relative, at step 20. Chosen, not measured: to be narrowed when curves of several runs are there."""
 
 Curves = dict[str, dict[str, list[float]]]
-"""GPU -> case -> losses from step 1."""
+"""`place` -> case -> losses from step 1."""
+
+
+def place(gpu: str, torch_version: str) -> str:
+    """Where a curve holds: "NVIDIA H200, torch 2.11"."""
+    return f"{gpu}, torch {'.'.join(torch_version.split('.')[:2])}"
 
 
 def read(path: Path = FILE) -> Curves:
@@ -28,12 +34,13 @@ def read(path: Path = FILE) -> Curves:
 
 
 def compared(
-    case: str, gpu: str | None, losses: list[float], recorded: Curves | None = None
+    case: str, where: str | None, losses: list[float], recorded: Curves | None = None
 ) -> dict[str, Any]:
     """For the row: the losses, the one at step 20 if the run came so far, and what was recorded.
-    `loss_curve` is "new" where nothing was recorded, else whether it agrees."""
+    `where` is a `place`, None off a GPU. `loss_curve` is "new" where nothing was recorded, else says
+    whether it agrees."""
     found: dict[str, Any] = {"losses": [round(loss, 6) for loss in losses]}
-    expected = (read() if recorded is None else recorded).get(gpu or "", {}).get(case)
+    expected = (read() if recorded is None else recorded).get(where or "", {}).get(case)
     if len(losses) >= AT_STEP:
         found["loss_at_20"] = round(losses[AT_STEP - 1], 6)
     if expected is None:
@@ -53,7 +60,7 @@ def record(rows: list[dict[str, Any]], path: Path) -> list[str]:
     added = []
     for row in rows:
         if row.get("loss_curve") == "new" and row.get("gpu") and "loss_at_20" in row:
-            known = curves.setdefault(row["gpu"], {})
+            known = curves.setdefault(place(row["gpu"], row["torch"]), {})
             if row["case"] not in known:
                 known[row["case"]] = row["losses"][:AT_STEP]
                 added.append(row["case"])

@@ -1,5 +1,6 @@
 #!/bin/sh
-# The GPU benchmarks on a machine with torch and nothing else: no install, no network.
+# The GPU benchmarks on a bare machine with torch (and, for the training steps, numpy, safetensors and
+# Pillow): no install, no network.
 #
 #   benchmarks/gpu/run.sh [--wheels FOLDER] [arguments of `fasttune bench gpu`]
 #

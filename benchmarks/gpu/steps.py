@@ -31,6 +31,7 @@ WARM_UP = 3
 """Steps that are not timed: the first compiles and makes the optimizer's state."""
 FEWEST = 5
 """Timed steps that are taken even if they outlast `--seconds`."""
+_LARGEST_CONTEXT = GIB
 _RUN_AHEAD = 2
 """Steps that the host may be ahead of the device: enough that it never waits, few enough that time
 is kept."""
@@ -55,7 +56,7 @@ def measure(
         if case.compiled:
             row["graphs"] = _graphs()
     row["host_peak_gib"] = host_peak_gib()
-    if "step_ms" in row and device.type == "cuda":
+    if device.type == "cuda":
         row["gpu"] = torch.cuda.get_device_name(device)
     return row, losses
 
@@ -155,7 +156,8 @@ def _cap(gib: int) -> float:
 
     torch.zeros(1, device="cuda")  # the context
     free, total = torch.cuda.mem_get_info()
-    context = total - free - torch.cuda.memory_reserved()
+    # At most, because what other processes have on the card is no part of it.
+    context = min(_LARGEST_CONTEXT, total - free - torch.cuda.memory_reserved())
     fraction = max(0.0, gib * GIB - context) / total
     if fraction < 1.0:
         torch.cuda.set_per_process_memory_fraction(fraction)
@@ -213,6 +215,12 @@ def with_plan(row: harness.Row, case: StepCase, plan: Path | None, *, smoke: boo
         row["mfu"] = round(mfu(flops, row["step_ms"] / 1000, card, case.compute_dtype), 4)
 
 
+def _place(row: harness.Row) -> str | None:
+    import torch
+
+    return loss_curves.place(row["gpu"], torch.__version__) if row.get("gpu") else None
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--case", help="a name that --list gives")
@@ -230,7 +238,7 @@ def main() -> None:
     case = parse(args.case)
     row, losses = measure(case, steps=args.steps, seconds=args.seconds, smoke=args.smoke)
     with_plan(row, case, args.plan, smoke=args.smoke)
-    row |= loss_curves.compared(case.name, row.get("gpu"), losses)
+    row |= loss_curves.compared(case.name, _place(row), losses)
     harness.emit("training step", case=case.name, **row, **state())
 
 

@@ -372,8 +372,12 @@ def test_out_of_memory_is_a_result() -> None:
 
 def test_a_cap_leaves_out_the_context(cuda: _Cuda, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "zeros", lambda *a, **k: None)
-    assert steps._cap(24) == 9.0  # 80 - 70 - 1 reserved
-    assert cuda.fractions == [pytest.approx((24 - 9) / 80)]
+    cuda.free = 78.5 * 2**30
+    assert steps._cap(24) == 0.5  # 80 - 78.5 - 1 reserved
+    assert cuda.fractions.pop() == pytest.approx((24 - 0.5) / 80)
+    cuda.free = 40 * 2**30  # another process has as much
+    assert steps._cap(24) == 1.0
+    assert cuda.fractions == [pytest.approx((24 - 1) / 80)]
     steps._cap(200)
     assert len(cuda.fractions) == 1  # more than there is: no cap
 
@@ -396,19 +400,21 @@ def test_mfu_and_prediction_stand_in_the_row(tmp_path: Path) -> None:
 
 
 def test_loss_curves(tmp_path: Path) -> None:
+    here = loss_curves.place("G", "2.11.0+cu130")
+    assert here == "G, torch 2.11"
     losses = [round(1.0 - i / 100, 2) for i in range(20)]
-    new = loss_curves.compared("c", "G", losses, {})
+    new = loss_curves.compared("c", here, losses, {})
     assert new["loss_curve"] == "new" and new["loss_at_20"] == 0.81
-    rows = [{"case": "c", "gpu": "G", **new}, {"case": "c", "gpu": None, **new}]
+    rows = [{"case": "c", "gpu": gpu, "torch": "2.11.1", **new} for gpu in ("G", None)]
     file = tmp_path / "curves.json"
     assert loss_curves.record(rows, file) == ["c"]
     assert loss_curves.record(rows, file) == []
     recorded = loss_curves.read(file)
-    assert recorded == {"G": {"c": losses}}
-    assert loss_curves.compared("c", "G", losses, recorded)["loss_curve"] == "as recorded"
-    for bad in (0.9, float("nan")):
+    assert recorded == {here: {"c": losses}}
+    assert loss_curves.compared("c", here, losses, recorded)["loss_curve"] == "as recorded"
+    for bad in (0.79, float("nan")):
         bent = [*losses[:-1], bad]
-        assert loss_curves.compared("c", "G", bent, recorded)["loss_curve"] == "differs"
+        assert loss_curves.compared("c", here, bent, recorded)["loss_curve"] == "differs"
     assert loss_curves.compared("c", "other", losses, recorded)["loss_curve"] == "new"
 
 
