@@ -114,7 +114,7 @@ def _facts(args: argparse.Namespace) -> harness.Row:
         f"{_PREFIX}card", options, deadline=time.monotonic() + 300, said=said, on_row=found.append
     )
     if not found:
-        raise HardwareError(f"benchmarks.gpu.card: {why(ended)}")
+        raise HardwareError(why(ended).removeprefix("fasttune.errors.HardwareError: "))
     facts = {key: value for key, value in found[0].items() if key != "measurement"}
     if args.commit:
         facts["commit"] = args.commit
