@@ -5,6 +5,8 @@ processes of their own, two at a time, and are compared with expected/static.jso
 """
 
 import argparse
+import functools
+import hashlib
 import importlib
 import json
 import platform
@@ -13,7 +15,9 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 from benchmarks.harness import ROOT, Row, collect, emit, table
 from benchmarks.static import expected as e
@@ -24,6 +28,7 @@ GATES = ("step", "graphs", "launches", "blocks", "codegen", "host", "python_call
 DONE = "done"
 """Marks the last row of a module, so that one without cases is not taken for a failure."""
 REPLACEMENT = e.EXPECTED.with_name("static.new.json")
+CACHE = ROOT / ".cache" / "static"
 CONSTRAINTS = "benchmarks/expected/constraints.txt"
 
 
@@ -41,6 +46,9 @@ class Outcome:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gate", action="append", choices=GATES, help="repeat for several")
     parser.add_argument("--jobs", type=int, default=2, help="processes at a time; default 2")
+    parser.add_argument(
+        "--fresh", action="store_true", help="count anew what is kept from the same sources"
+    )
     parser.add_argument("--show", action="store_true", help="print every number that was found")
     parser.add_argument("--write", action="store_true", help="take over what was found")
     parser.add_argument("--reason", help="with --write: why numbers rose; goes into LOG.md")
@@ -57,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
     if args.jobs < 1:
         raise FasttuneError(f"--jobs {args.jobs}: at least 1")
     begin = time.perf_counter()
-    outcomes = list(find(args.gate or GATES, jobs=args.jobs))
+    outcomes = list(find(args.gate or GATES, jobs=args.jobs, cache=None if args.fresh else CACHE))
     installed = installed_versions()
     problems = problems_of(outcomes)
     for problem in problems:
@@ -74,10 +82,10 @@ def run(args: argparse.Namespace) -> int:
     return status
 
 
-def find(modules: Sequence[str], *, jobs: int) -> Iterator[Outcome]:
-    """Runs the modules and yields what they found, as they end."""
+def find(modules: Sequence[str], *, jobs: int, cache: Path | None) -> Iterator[Outcome]:
+    """Runs the modules and yields what they found, in their order."""
     with ThreadPoolExecutor(jobs) as pool:
-        for outcome in pool.map(_run_module, modules):
+        for outcome in pool.map(partial(_run_module, cache=cache), modules):
             count = sum(len(cases) for cases in outcome.gates.values())
             print(
                 f"{outcome.module}: {count} cases, {outcome.seconds:.0f} s",
@@ -87,9 +95,16 @@ def find(modules: Sequence[str], *, jobs: int) -> Iterator[Outcome]:
             yield outcome
 
 
-def _run_module(module: str) -> Outcome:
+def _run_module(module: str, cache: Path | None) -> Outcome:
+    """From the cache if nothing changed that a number could depend on."""
     begin = time.perf_counter()
-    found = collect([sys.executable, "-m", "benchmarks.static.gates", module], threads=1)
+    kept = None if cache is None else cache / f"{module}-{fingerprint()}.json"
+    if kept is not None and kept.is_file():
+        found = json.loads(kept.read_text(encoding="utf-8"))
+    else:
+        found = collect([sys.executable, "-m", "benchmarks.static.gates", module], threads=1)
+        if kept is not None:
+            _keep(kept, module, found)
     *rows, last = found
     gates: e.Gates = {}
     for row in rows:
@@ -100,6 +115,37 @@ def _run_module(module: str) -> Outcome:
             raise RuntimeError(f"gate {module}: two rows {case!r}")
         cases[case] = row
     return Outcome(module, gates, tuple(last["versions"]), time.perf_counter() - begin)
+
+
+SOURCES = ("fasttune", "kernels", "csrc", "configs", "benchmarks", "pyproject.toml")
+IGNORED = {"__pycache__", "results", "expected", "gpu", "micro", "foundation"}
+KINDS = {".py", ".toml", ".json", ".cu", ".cuh", ".h", ".cpp"}
+
+
+@functools.cache
+def fingerprint() -> str:
+    """Of every file that the gates run or read, and of what they run on."""
+    digest = hashlib.blake2b(digest_size=12)
+    digest.update(json.dumps([installed_versions(), sys.version, platform.machine()]).encode())
+    for name in SOURCES:
+        top = ROOT / name
+        for path in [top] if top.is_file() else sorted(top.rglob("*")):
+            inside = path.relative_to(ROOT)
+            if path.suffix in KINDS and path.is_file() and not IGNORED & set(inside.parts):
+                digest.update(f"{inside}\0{path.stat().st_size}\0".encode() + path.read_bytes())
+    allowed = e.EXPECTED.with_name("codegen_allowed.toml")
+    digest.update(allowed.read_bytes() if allowed.is_file() else b"")
+    return digest.hexdigest()
+
+
+def _keep(path: Path, module: str, rows: list[Row]) -> None:
+    """Written beside and renamed; what an earlier state of the tree found goes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for old in path.parent.glob(f"{module}-*.json"):
+        old.unlink(missing_ok=True)
+    beside = path.with_suffix(".new")
+    beside.write_text(json.dumps(rows), encoding="utf-8")
+    beside.replace(path)
 
 
 def problems_of(outcomes: Sequence[Outcome]) -> list[str]:

@@ -44,6 +44,10 @@ _NO_LAUNCH = frozenset(
 _LAUNCHED_FOR_NO_TENSOR = frozenset({"aten::equal", "aten::is_nonzero", "aten::_assert_async"})
 
 
+KERNELS = ("fasttune", "fasttune_kernels")
+"""Namespaces of our kernels; what stands in for torch's own has another."""
+
+
 def kind_of(func: OpOverload) -> Kind:
     """The kind of an operation, as a dispatch mode or a graph of aten operations shows it.
 
@@ -52,7 +56,7 @@ def kind_of(func: OpOverload) -> Kind:
     allocations and questions about metadata. pointwise: all others, reductions and norms included.
     """
     name = func._schema.name.partition("::")[2]
-    if func.namespace.startswith("fasttune"):
+    if func.namespace in KERNELS:
         return "custom"
     if name in _GEMM:
         return "gemm"

@@ -7,7 +7,7 @@ the peak is: the second finds the gradients of the first in place; costs are tho
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from benchmarks.harness import Row
 from benchmarks.roofline import load_cards, step_ms
 from benchmarks.static.costs import Costs, CountCosts
+from benchmarks.static.gpu_operations import as_on_gpu
 from benchmarks.static.models import shipped_configs, with_lora
 from benchmarks.static.step_memory import trace_rehearsal
 from fasttune.config import Config
@@ -58,7 +59,9 @@ def rehearsed(config: Config, folder: Path, *, micro_batches: int) -> Iterator[R
     short = replace(config, train=replace(config.train, gradient_accumulation=count))
     kind = "cpu" if config.run.device == "cpu" else "cuda"
     with FakeTensorMode():
-        yield rehearse(short, folder, placement=gpu_placement(config), device_type=kind)
+        rehearsal = rehearse(short, folder, placement=gpu_placement(config), device_type=kind)
+        with as_on_gpu(rehearsal.denoiser) if kind == "cuda" else nullcontext():
+            yield rehearsal
 
 
 def memory_row(name: str, rehearsal: Rehearsal) -> Row:
