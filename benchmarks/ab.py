@@ -6,7 +6,8 @@ Suites: `loop` is the training loop on the CPU with a tiny network; `steps` are 
 size on a GPU. Both sides run the benchmarks of the working tree, on the code of their revision.
 
 Rounds are added until the 95 % interval of each ratio that has a limit is narrower than +- a third of
-the limit, or `--max-rounds` is reached; benchmarks/verdicts.py has the rule. An alarm is measured again
+the limit, or `--max-rounds` is reached (a rule that ends by the width makes the interval a little
+optimistic); benchmarks/verdicts.py has the rule. An alarm is measured again
 by a second series that shares no sample with the first, and fails the change only if that one says
 the same of the same metric. Exit status: 0 no limit passed (also if nothing could be decided: the
 table says so), 1 a limit passed twice, 2 a mistake in the arguments or a revision that cannot run.
@@ -23,7 +24,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.ab_rounds import Round, Workload, changes_of, run_processes, run_round, series
+from benchmarks.ab_rounds import (
+    Round,
+    Workload,
+    broken_in,
+    changes_of,
+    run_processes,
+    run_round,
+    series,
+)
 from benchmarks.harness import Row, machine, write_rows
 from benchmarks.revisions import Beside, side_by_side
 from benchmarks.verdicts import (
@@ -68,6 +77,8 @@ class Result:
 
     rounds: tuple[list[Round], ...]
     changes: tuple[list[Change], ...]
+    broken: list[str]
+    """What fails without a number: a step that no longer fits, a limited metric that is gone."""
 
     @property
     def alarms(self) -> list[Change]:
@@ -119,7 +130,7 @@ def run(args: argparse.Namespace) -> int:
         print(report(result, head))
         if args.out is not None:
             write_rows(args.out, rows_of(result, beside))
-    return int(bool(result.failures))
+    return int(bool(result.failures or result.broken))
 
 
 def workload_of(args: argparse.Namespace) -> Workload:
@@ -189,7 +200,8 @@ def measure(beside: Beside, workload: Workload, limits: Sequence[Limit]) -> Resu
             )
         if all(change.outcome is not Outcome.FAILS for change in judge(found[-1])):
             break
-    return Result(tuple(found), tuple(judge(rounds) for rounds in found))
+    broken = broken_in([each for rounds in found for each in rounds], limits)
+    return Result(tuple(found), tuple(judge(rounds) for rounds in found), broken)
 
 
 @contextmanager
@@ -235,6 +247,7 @@ def report(result: Result, head: str) -> str:
         parts.append(f"**Slower or larger past the limit, in both series: {names}.**")
     elif result.alarms:
         parts.append("The second series did not confirm the alarm: no limit is passed.")
+    parts += [f"**FAILS** {what}." for what in result.broken]
     if result.undecided:
         names = ", ".join(sorted({change.metric for change in result.undecided}))
         parts.append(

@@ -20,7 +20,7 @@ from benchmarks.compare import exact
 from benchmarks.harness import ROW, Row, environment
 from benchmarks.ratios import Ratio, ratio_of
 from benchmarks.revisions import Beside, RevisionError, Side, search_path
-from benchmarks.verdicts import Change, Limit, direction, limit_for
+from benchmarks.verdicts import Change, Limit, broken, direction, limit_for
 
 Round = dict[str, list[Row]]
 """Side -> its rows."""
@@ -171,6 +171,17 @@ def changes_of(
         medians = statistics.median(base), statistics.median(head)
         changes.append(Change(*key, *medians, ratio, better, limit_for(key[2], limits)))
     return changes
+
+
+def broken_in(rounds: Sequence[Round], limits: Sequence[Limit]) -> list[str]:
+    """What fails the change without a number, in any round; each once."""
+    found: dict[str, None] = {}
+    for each in rounds:
+        head = {(row["measurement"], row.get("case", "")): row for row in each["head"]}
+        for row in each["base"]:
+            key = row["measurement"], row.get("case", "")
+            found |= dict.fromkeys(broken(" ".join(key), row, head.get(key, {}), limits))
+    return list(found)
 
 
 Value = tuple[float, Sequence[float]]

@@ -3,10 +3,12 @@
     fasttune bench compare BASE HEAD [--fail "step_ms:3%,peak_gib:0.25%"]
 
 Rows are joined by (measurement, case). A file is a history, so of each identity the rows of the
-commit that was measured last count: samples of several such rows are pooled, and of a number
-without samples the last row's counts. Medians are compared; benchmarks/verdicts.py has the rule by
-which a metric fails. Exit status: 0 no limit passed, 1 a limit passed, 2 an argument or file that
-cannot be used.
+commit that was measured last count: samples of several such rows are pooled unless files were
+changed, and of a number without samples the last row's counts. Quick rows meet quick ones alone.
+Medians are compared; benchmarks/verdicts.py has the rule by which a metric fails. A rate
+without samples beside a time that has them is not judged apart; a row that no longer fits or is no longer right fails, and
+so does one that lost a metric with a limit. Exit status: 0 no limit passed, 1 a limit passed, 2 an
+argument or file that cannot be used.
 
 A file's samples were taken at another time than the other's, so drift of the machine is in the
 ratio and not in its bounds: a verdict on a few percent needs `fasttune bench ab`, which interleaves.
@@ -14,7 +16,6 @@ ratio and not in its bounds: a verdict on a few percent needs `fasttune bench ab
 
 import argparse
 import json
-import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,8 +28,11 @@ from benchmarks.verdicts import (
     Change,
     Limit,
     Outcome,
+    broken,
     check_limits,
     direction,
+    is_clocked,
+    is_number,
     limit_for,
     markdown,
     number,
@@ -43,6 +47,12 @@ MACHINE = ("gpu", "cpu", "cores", "threads", "torch", "triton", "driver", "pytho
 """Facts in which base and head had better not differ."""
 
 FACTS = (*MACHINE, "time", "commit", "changed_files", "load_average", "measurement", "case")
+
+
+APART = (
+    "The two sides were measured apart: how the machine and each process differed between the two is "
+    "in no interval above. For a few percent, `fasttune bench ab` measures them in turns."
+)
 
 
 class ResultsError(FasttuneError):
@@ -74,9 +84,7 @@ def run(args: argparse.Namespace) -> int:
     limits = parse_limits(args.fail)
     base, head = measured(read_rows(args.base)), measured(read_rows(args.head))
     common = [identity for identity in base if identity in head]
-    metrics = [
-        m for identity in common for m in base[identity].values if m in head[identity].values
-    ]
+    metrics = [metric for identity in common for metric in base[identity].values]
     check_limits(limits, metrics)
     if not common:
         raise ResultsError(f"{args.base} and {args.head} have no measurement in common")
@@ -85,10 +93,21 @@ def run(args: argparse.Namespace) -> int:
         for identity in common
         for change in changes_of(identity, base[identity], head[identity], limits)
     ]
+    failures = [
+        failure
+        for identity in common
+        for failure in broken(
+            " ".join(filter(None, identity)), base[identity].facts, head[identity].facts, limits
+        )
+    ]
     print(markdown(changes))
+    for failure in failures:
+        print(f"\n**FAILS** {failure}.")
     for note in notes(base, head):
         print(f"\n{note}")
-    return int(any(change.outcome is Outcome.FAILS for change in changes))
+    if any(not change.is_exact for change in changes):
+        print(f"\n{APART}")
+    return int(bool(failures) or any(change.outcome is Outcome.FAILS for change in changes))
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -123,32 +142,32 @@ def _samples(row: Row) -> Mapping[str, Any]:
 
 
 def _is_samples(value: object) -> bool:
-    return isinstance(value, list) and all(map(_is_number, value))
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, list) and all(map(is_number, value))
 
 
 def measured(rows: Sequence[Row]) -> dict[Identity, Measured]:
     """What the rows say of each identity, by the last commit that has it."""
     found: dict[Identity, list[Row]] = {}
     for row in rows:
-        found.setdefault((row["measurement"], str(row.get("case", ""))), []).append(row)
+        found.setdefault(_identity(row), []).append(row)
     return {identity: _latest(rows) for identity, rows in found.items()}
 
 
-def _latest(rows: Sequence[Row]) -> Measured:
-    def revision(row: Row) -> tuple[Any, Any]:
-        return row.get("commit"), row.get("changed_files")
+def _identity(row: Row) -> Identity:
+    """Quick and smoke rows are of other work than full ones."""
+    short = ["quick"] if row.get("quick") or row.get("smoke") else []
+    return row["measurement"], ", ".join(filter(None, [str(row.get("case", "")), *short]))
 
+
+def _latest(rows: Sequence[Row]) -> Measured:
     last = max(reversed(rows), key=lambda row: str(row.get("time", "")))  # of equal ones the later
+    same = [row for row in rows if row.get("commit") == last.get("commit")]
+    if any(row.get("changed_files") for row in same):  # who knows whether it was the same change
+        same = [last]
     values: dict[str, float] = {}
     samples: dict[str, list[float]] = {}
-    for row in (each for each in rows if revision(each) == revision(last)):
-        values |= {
-            key: value for key, value in row.items() if key not in FACTS and _is_number(value)
-        }
+    for row in same:
+        values |= {key: v for key, v in row.items() if key not in FACTS and is_number(v)}
         for metric, numbers in _samples(row).items():
             samples.setdefault(metric, []).extend(numbers)
     values |= {metric: statistics.median(numbers) for metric, numbers in samples.items() if numbers}
@@ -170,14 +189,23 @@ def changes_of(
             limit_for(metric, limits),
         )
         for metric in base.values
-        if metric in head.values and (better := direction(metric)) is not None
+        if metric in head.values
+        and (better := direction(metric)) is not None
+        and not _follows(metric, base, head)
     ]
 
 
+def _follows(metric: str, base: Measured, head: Measured) -> bool:
+    """Whether the metric follows from another one of its row, whose samples it lacks: a rate from
+    its time. Judging both would judge the one without its spread."""
+    sampled = {*base.samples, *head.samples}
+    return is_clocked(metric) and bool(sampled) and metric not in sampled
+
+
 def _ratio(metric: str, base: Measured, head: Measured) -> Ratio:
-    of_base, of_head = base.samples.get(metric), head.samples.get(metric)
-    if of_base and of_head and (len(set(of_base)) > 1 or len(set(of_head)) > 1):
-        if min(*of_base, *of_head) > 0:
+    of_base, of_head = base.samples.get(metric, ()), head.samples.get(metric, ())
+    if of_base and of_head and min(*of_base, *of_head) > 0:
+        if is_clocked(metric) or len({*of_base, *of_head}) > 1:
             return ratio_of(of_head, of_base, paired=False)
     return exact(head.values[metric], base.values[metric])
 

@@ -19,17 +19,22 @@ both rates. Where more is better everything is mirrored: `images_per_s:3%` fails
 Inconclusive does not fail.
 """
 
+import json
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from fnmatch import fnmatchcase
+from typing import Any
 
 from benchmarks.ratios import Ratio
 from fasttune.errors import FasttuneError
 
 HIGHER: tuple[str, ...] = ("*_per_s", "*mfu", "*fraction", "fraction_*")
 LOWER: tuple[str, ...] = (
+    "us",
+    "ratio",
     "*_s",
     "*_ms",
     "*_us",
@@ -43,6 +48,12 @@ LOWER: tuple[str, ...] = (
 )
 LOWER += ("*launches", "*graphs", "*graph_breaks", "*recompiles", "*registers", "*spills")
 """Metrics by the unit or the count at the end of their name. Nothing is known of others."""
+
+CLOCKED = ("us", "*_us", "*_ms", "*_s", "*mfu", "*fraction", "fraction_*", "ratio")
+"""Metrics that a clock gave: a number of them alone says nothing of its spread."""
+
+BAD = {"fits": False, "passed": False, "losses_agree": False, "loss_curve": "differs"}
+"""What a row says of itself -> the value that is worse than any number in it."""
 
 
 class LimitError(FasttuneError):
@@ -125,8 +136,39 @@ class Change:
         return Outcome.BETTER if cost.high < 1 else Outcome.NOISE
 
 
+def is_clocked(metric: str) -> bool:
+    """Whether the metric was measured with a clock, or follows from one that was."""
+    return any(fnmatchcase(metric, pattern) for pattern in CLOCKED)
+
+
+def broken(
+    what: str, base: Mapping[str, Any], head: Mapping[str, Any], limits: Sequence[Limit]
+) -> list[str]:
+    """What fails a change without any number being compared, of two rows of one identity: it no
+    longer fits or is no longer right, or a metric that has a limit is gone."""
+    found = [
+        f"{what}: {key} is {json.dumps(bad)}, and was not"
+        for key, bad in BAD.items()
+        if head.get(key) == bad and base.get(key) != bad
+    ]
+    gone = [m for m in base if is_number(base[m]) and not is_number(head.get(m))]
+    return found + [
+        f"{what}: {metric} is gone, and has a limit"
+        for metric in gone
+        if direction(metric) is not None and limit_for(metric, limits) is not None
+    ]
+
+
+def is_number(value: object) -> bool:
+    """A bool is none, and neither is NaN."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
 def direction(metric: str) -> Better | None:
-    """Which way a metric improves, from its name; None if the name does not tell."""
+    """Which way a metric improves, from its name; None if the name does not tell, or says that it is
+    a contender's."""
+    if metric.startswith("theirs_"):
+        return None
     if any(fnmatchcase(metric, pattern) for pattern in HIGHER):
         return Better.HIGHER
     return Better.LOWER if any(fnmatchcase(metric, pattern) for pattern in LOWER) else None

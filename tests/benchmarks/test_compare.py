@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks.compare import ResultsError, measured, read_rows
+from benchmarks.compare import APART, ResultsError, measured, read_rows
 from benchmarks.ratios import Ratio, ratio_of
 from benchmarks.verdicts import (
     Better,
@@ -204,7 +204,7 @@ def test_the_table_and_what_is_said_below(
         compare(
             tmp_path,
             [base | {"gpu": "X", "quick": False}, {"case": "old", "step_ms": 1.0}],
-            [head | {"gpu": "Y", "quick": True, "steps": 8}, {"measurement": "new", "step_ms": 1}],
+            [head | {"gpu": "Y", "quick": False, "steps": 8}, {"measurement": "new", "step_ms": 1}],
             "step_ms:3%,peak_gib:0.25%",
         )
         == 1
@@ -225,12 +225,68 @@ def test_the_table_and_what_is_said_below(
         "Only in base: steps old.",
         "",
         "Only in head: new.",
+        "",
+        APART,
     ]
 
 
 def test_no_limit_no_failure(tmp_path: Path) -> None:
     assert compare(tmp_path, [{"step_ms": 1.0}], [{"step_ms": 9.0}]) == 0
     assert compare(tmp_path, [{"step_ms": 1.0}], [{"step_ms": 9.0}], "step_ms:3%") == 1
+
+
+def test_what_fails_without_a_number(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    good = {"fits": True, "loss_curve": "agrees", "step_ms": 10.0, "peak_gib": 22.0}
+    oom = {"fits": False, "peak_gib": 20.5}
+    assert compare(tmp_path, [good], [good], "step_ms:3%") == 0
+    assert compare(tmp_path, [good], [oom], "step_ms:3%,peak_gib:0.25%") == 1
+    said = capsys.readouterr().out
+    assert "**FAILS** steps: fits is false, and was not." in said
+    assert "**FAILS** steps: step_ms is gone, and has a limit." in said
+    assert compare(tmp_path, [good], [oom]) == 1  # no limit is needed to see that it broke
+    assert compare(tmp_path, [good], [good | {"loss_curve": "differs"}]) == 1
+    assert (
+        compare(tmp_path, [{"passed": True, "saved_u": 1}], [{"passed": False, "saved_u": 1}]) == 1
+    )
+    assert compare(tmp_path, [oom], [good], "peak_gib:10%") == 0  # it fits now
+
+
+def test_a_rate_beside_its_time_is_not_judged_without_its_spread(tmp_path: Path) -> None:
+    noisy = np.random.default_rng(1).normal(50, 5, (2, 6))
+    base = {"samples": {"step_ms": noisy[0].tolist()}, "images_per_s": 20.0}
+    head = {"samples": {"step_ms": noisy[1].tolist()}, "images_per_s": 15.0}
+    assert compare(tmp_path, [base], [head], "step_ms:3%") == 0
+    assert compare(tmp_path, [base | {"images_per_s": 20.0}], [head], "step_ms:3%,*_gib:1%") == 2
+    alone = {"samples": {"step_ms": [5.0]}}
+    assert compare(tmp_path, [alone], [{"samples": {"step_ms": [5.3]}}], "step_ms:3%") == 0
+
+
+def test_main_metrics_of_kernels_and_of_cpu_rows_have_a_direction(tmp_path: Path) -> None:
+    assert compare(tmp_path, [{"us": 100.0}], [{"us": 200.0}], "us:3%") == 1
+    cpu = {"ratio": 0.8, "ours_ms": 8.0, "theirs_ms": 10.0}
+    assert compare(tmp_path, [cpu], [cpu | {"ratio": 1.2}], "ratio:5%") == 1
+    slower_contender = cpu | {"theirs_ms": 20.0}
+    assert compare(tmp_path, [cpu], [slower_contender], "*_ms:3%") == 0
+
+
+def test_samples_of_changed_files_are_not_pooled(tmp_path: Path) -> None:
+    def row(ms: float, time: str, changed: int) -> dict[str, Any]:
+        near = [ms * (1 + i / 1000) for i in range(12)]
+        facts = {"commit": "a", "changed_files": changed, "time": time}
+        return {"samples": {"step_ms": near}, **facts}
+
+    base = [row(10, "1", 0)]
+    assert compare(tmp_path, base, [row(10, "1", 1), row(20, "2", 1)], "step_ms:3%") == 1
+    assert compare(tmp_path, base, [row(20, "1", 1), row(10, "2", 1)], "step_ms:3%") == 0
+
+
+def test_quick_rows_do_not_meet_full_ones(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    full, quick = {"step_ms": 10.0}, {"step_ms": 1.0, "quick": True}
+    assert compare(tmp_path, [full], [quick], "") == 2
+    assert compare(tmp_path, [full, quick], [quick | {"step_ms": 2.0}], "step_ms:3%") == 1
+    assert "| steps | quick | step_ms |" in capsys.readouterr().out
 
 
 def test_counts_may_be_zero(tmp_path: Path) -> None:
