@@ -343,7 +343,7 @@ BEGIN = "            lr = trained.set_lr(step)\n"
 END = "            if step % config.logging.every == 0:\n"
 
 
-@pytest.mark.slow  # minutes: the loop itself, in two series of processes
+@pytest.mark.slow  # 5 minutes where nothing else runs: the loop itself, two series of processes
 def test_a_loop_that_is_five_percent_slower_is_caught(tmp_path: Path) -> None:
     clone = tmp_path / "clone"
     git(tmp_path, "clone", "--quiet", str(ROOT), str(clone))
@@ -360,13 +360,14 @@ def test_a_loop_that_is_five_percent_slower_is_caught(tmp_path: Path) -> None:
     git(clone, "commit", "--quiet", "--all", "--message=slower")
     path = os.pathsep.join([str(clone), str(clone / "kernels")])
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks", "ab", "--base", "HEAD~1"],
+        # Processor time alone: it is what the wait takes, and narrows on a busy machine, too.
+        [sys.executable, "-m", "benchmarks", "ab", "--base=HEAD~1", "--fail=step_cpu_ms:3%"],
         cwd=clone,
         env={**os.environ, "PYTHONPATH": path},
         text=True,
         capture_output=True,
         check=False,
     )
+    print(done.stdout)
     assert done.returncode == 1, done.stdout + done.stderr
-    assert "past the limit, in both series: " in done.stdout
-    assert "step_cpu_ms" in done.stdout.split("in both series: ")[1]
+    assert "past the limit, in both series: step_cpu_ms" in done.stdout
