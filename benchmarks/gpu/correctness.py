@@ -13,6 +13,7 @@ import argparse
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -48,6 +49,8 @@ class Check:
     operation: str
     case: str
     run: Callable[[torch.device], list[Error]]
+    own_kernel: bool = False
+    """Whether it checks a kernel of ours, or what the models write in PyTorch."""
 
 
 def checks() -> Iterator[Check]:
@@ -57,7 +60,12 @@ def checks() -> Iterator[Check]:
             for short in DTYPES:
                 yield _check(operation, sizes, short, strided=False)
             yield _check(operation, sizes, "bf16", strided=True)
-    yield Check(operation=optimizer_step.NAME, case=optimizer_step.NAME, run=_optimizer_errors)
+    for label, shapes in optimizer_step.ODD.items():
+        yield Check(
+            operation=optimizer_step.NAME,
+            case=f"{optimizer_step.NAME} {label}",
+            run=partial(_optimizer_errors, shapes=shapes),
+        )
 
 
 def _check(operation: Operation, sizes: Sizes, short: str, *, strided: bool) -> Check:
@@ -65,6 +73,7 @@ def _check(operation: Operation, sizes: Sizes, short: str, *, strided: bool) -> 
     return Check(
         operation=operation.name,
         case=f"{operation.name} {shape} {short}{', strided' if strided else ''}",
+        own_kernel=operation.has_kernel,
         run=lambda device: errors_of(
             operation, sizes, DTYPES[short], device=device, strided=strided
         ),
@@ -109,7 +118,11 @@ def _run(
     outputs = outputs_of(function(**leaves))
     if weights is None:
         weights = [draw(*t.shape) for t in outputs]
-    incoming = [w.to(t.device).to(t.dtype) for w, t in zip(weights, outputs, strict=True)]
+    # in each output's own layout, as the layer after it gives them
+    incoming = [
+        torch.empty_like(t).copy_(w)
+        for w, t in zip(weights, map(Tensor.detach, outputs), strict=True)
+    ]
     if strided:
         incoming = [_strided(w) for w in incoming]
     grads = torch.autograd.grad(outputs, [leaves[n] for n in trained], incoming)
@@ -158,10 +171,10 @@ def _error(
     )
 
 
-def _optimizer_errors(device: torch.device) -> list[Error]:
+def _optimizer_errors(device: torch.device, shapes: optimizer_step.Shapes) -> list[Error]:
     return [
         _error(name, ours, plain, truth, torch.float32, device)
-        for name, (ours, plain, truth) in optimizer_step.three_steps(device).items()
+        for name, (ours, plain, truth) in optimizer_step.three_steps(device, shapes).items()
     ]
 
 
@@ -189,6 +202,7 @@ def main() -> int:
                 "correctness",
                 case=check.case,
                 operation=name,
+                own_kernel=check.own_kernel,
                 passed=right,
                 worst_of_allowed=round(worst.worst, 4),
                 worst=worst.of,

@@ -23,18 +23,19 @@ from benchmarks.gpu.operation import Draw, Operation, Sizes, bound
 from benchmarks.gpu.operations import OPERATIONS
 from benchmarks.gpu.timing import (
     Call,
+    CaptureError,
     Ceilings,
     Flush,
-    Timer,
     copies_needed,
     measure_ceilings,
-    timer_for,
+    timers_for,
 )
 from benchmarks.ratios import abba, quantiles
 
 CEILINGS = "ceilings"
 BATCHES = (1, 4)
 ROUNDS = 10
+NO_GRAPHS = "--no-graphs"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,6 +47,8 @@ class Timed:
     copies: int
     moved: int
     flops: int
+    interleaved: bool = True
+    """False where the contenders are cases of their own, because not all states fit at once."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,6 +62,7 @@ class Setting:
     rounds: int
     smoke: bool
     with_libraries: bool
+    graphs: bool = True
 
     @property
     def dtype_name(self) -> str:
@@ -102,7 +106,7 @@ def _cases(operation: Operation, sizes: Sizes, setting: Setting) -> Iterator[Tim
     copies = copies_needed(size, setting.device)
     sets = [first, *(inputs() for _ in range(copies - 1))]
     outputs = outputs_of((operation.eager or operation.plain)(**first))
-    incoming = [draw(*t.shape).to(t) for t in outputs]
+    incoming = [draw(*t.shape).to(t.dtype) for t in outputs]
     expected = [*outputs, *_gradients(outputs, first, operation.trained)]
     written = sum(t.nbytes for t in outputs)
     given = sum(first[n].nbytes for n in operation.trained)
@@ -111,13 +115,14 @@ def _cases(operation: Operation, sizes: Sizes, setting: Setting) -> Iterator[Tim
     del outputs, expected
     name = f"{operation.name} {'x'.join(map(str, sizes))} {setting.dtype_name}"
     functions = {k: [bind(**s) for s in sets] for k, bind in bindings.items()}
+    incoming_of = {k: laid_out_as(of[0](), incoming) for k, of in functions.items()}
 
     def forward(of: list[Callable[[], Any]], i: int) -> Any:
         return of[i]()
 
-    def both(of: list[Callable[[], Any]], i: int) -> Any:
+    def both(of: list[Callable[[], Any]], given: list[Tensor], i: int) -> Any:
         leaves = [sets[i][n] for n in operation.trained]
-        return torch.autograd.grad(outputs_of(of[i]()), leaves, incoming)
+        return torch.autograd.grad(outputs_of(of[i]()), leaves, given)
 
     yield Timed(
         case=f"{name} forward",
@@ -128,12 +133,22 @@ def _cases(operation: Operation, sizes: Sizes, setting: Setting) -> Iterator[Tim
     )
     yield Timed(
         case=f"{name} forward+backward",
-        calls={k: partial(both, of) for k, of in functions.items()},
+        calls={k: partial(both, of, incoming_of[k]) for k, of in functions.items()},
         copies=copies,
         # the backward reads the incoming gradients and the inputs and writes their gradients
         moved=2 * (size + written) + given,
         flops=int(flops * (1 + operation.backward_flops)),
     )
+
+
+def laid_out_as(outputs: Any, values: Sequence[Tensor]) -> list[Tensor]:
+    """Gradients of these values in the layout of the outputs they belong to, as the layer after would
+    give them: one in another layout adds a copy to the backward that training does not have."""
+    found = []
+    for output, value in zip(outputs_of(outputs), values, strict=True):
+        alike = output.stride() == value.stride() and output.dtype == value.dtype
+        found.append(value if alike else torch.empty_like(output.detach()).copy_(value))
+    return found
 
 
 def _gradients(outputs: list[Tensor], inputs: Inputs, trained: Sequence[str]) -> list[Tensor]:
@@ -183,23 +198,38 @@ def _optimizer_cases(setting: Setting) -> Iterator[Timed]:
     for label, shapes in optimizer_step.parameter_sets(small=setting.smoke).items():
         sizes = shapes()
         count = sum(torch.Size(s).numel() for s in sizes)
-        try:  # the contenders share weights and gradients; each has its own state
-            weights = optimizer_step.weights_like(sizes, setting.device)
-            updates = {name: optimizer_step.CONTENDERS[name](weights) for name in names}
-            for update in updates.values():
-                update()
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            print(f"absent: {optimizer_step.NAME} {label}: does not fit into memory", flush=True)
-            continue
-        yield Timed(
-            case=f"{optimizer_step.NAME} {label} fp32",
-            calls={name: _ignoring_copy(update) for name, update in updates.items()},
-            copies=1,
-            moved=count * optimizer_step.BYTES_A_WEIGHT,
-            flops=0,
-        )
+        together = count < optimizer_step.ALONE
+        for group in [names] if together else [[name] for name in names]:
+            calls = _updates(group, sizes, setting.device)
+            if calls is None:
+                what = label if together else f"{label}: {group[0]}"
+                print(f"absent: {optimizer_step.NAME} {what}: does not fit into memory", flush=True)
+                continue
+            yield Timed(
+                case=f"{optimizer_step.NAME} {label} fp32",
+                calls=calls,
+                copies=1,
+                moved=count * optimizer_step.BYTES_A_WEIGHT,
+                flops=0,
+                interleaved=together,
+            )
+            calls.clear()  # whoever still has the case: its states make room for the next
+
+
+def _updates(
+    names: Sequence[str], sizes: optimizer_step.Shapes, device: torch.device
+) -> dict[str, Call] | None:
+    """Optimizers that share weights and gradients, each with its own state; None out of memory."""
+    try:
+        weights = optimizer_step.weights_like(sizes, device)
+        updates = {name: optimizer_step.CONTENDERS[name](weights) for name in names}
+        for update in updates.values():
+            update()
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        return None
+    return {name: _ignoring_copy(update) for name, update in updates.items()}
 
 
 def _ignoring_copy(update: Callable[[], object]) -> Call:
@@ -208,16 +238,15 @@ def _ignoring_copy(update: Callable[[], object]) -> Call:
 
 def rows_of(case: Timed, setting: Setting) -> Iterator[harness.Row]:
     """Times the contenders of a case in turns."""
-    timers: dict[str, Timer] = {}
-    for name, call in case.calls.items():
-        try:
-            timers[name] = timer_for(
-                call, copies=case.copies, device=setting.device, flush=setting.flush
-            )
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            print(f"absent: {case.case}: {name}: does not fit into memory", flush=True)
+    timers, too_large = timers_for(
+        case.calls,
+        copies=case.copies,
+        device=setting.device,
+        flush=setting.flush,
+        graphs=setting.graphs,
+    )
+    for name in too_large:
+        print(f"absent: {case.case}: {name}: does not fit into memory", flush=True)
     samples = abba(timers, setting.rounds)
     now = state() if setting.device.type == "cuda" else {}
     floor = setting.ceilings.floor_us(case.moved, case.flops)
@@ -235,6 +264,10 @@ def rows_of(case: Timed, setting: Setting) -> Iterator[harness.Row]:
             "tflop_per_s": round(case.flops / us / 1e6, 3),
             "fraction_of_ceiling": round(floor / us, 4),
             "timed_by": timer.method,
+            "interleaved": case.interleaved,
+            # a process that goes on after a crash has measured its own
+            "ceiling_gb_per_s": round(setting.ceilings.gb_per_s, 2),
+            "ceiling_tflop_per_s": round(setting.ceilings.tflop_per_s, 2),
             "samples": {"us": [round(value, 4) for value in samples[name]]},
             **now,
         }
@@ -249,6 +282,7 @@ def main() -> None:
     parser.add_argument("--list", action="store_true", help="names of the items, in their order")
     parser.add_argument("--smoke", action="store_true", help="the CPU stands in for the GPU")
     parser.add_argument("--no-libraries", action="store_true", help="eager, compile and ours alone")
+    parser.add_argument(NO_GRAPHS, action="store_true", help="short calls are timed by events, too")
     args = parser.parse_args()
     if args.list:
         print("\n".join(items(smoke=args.smoke)))
@@ -264,15 +298,20 @@ def main() -> None:
         rounds=2 if args.smoke else ROUNDS,
         smoke=args.smoke,
         with_libraries=not args.no_libraries,
+        graphs=not args.no_graphs,
     )
     for item in args.items or items(smoke=args.smoke):
         print(f"begin: {item}", flush=True)
         if item == CEILINGS:
             _emit_ceilings(ceilings, samples)
         else:
-            for case in timed(item, setting):
-                for row in rows_of(case, setting):
-                    harness.emit(row.pop("measurement"), **row)
+            try:
+                for case in timed(item, setting):
+                    for row in rows_of(case, setting):
+                        harness.emit(row.pop("measurement"), **row)
+            except CaptureError:
+                print(f"retry: {NO_GRAPHS}", flush=True)
+                raise
         print(f"end: {item}", flush=True)
 
 

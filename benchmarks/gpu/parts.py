@@ -7,6 +7,7 @@ What a child prints, line by line:
     absent: WHAT: WHY         a contender that is not there or does not work
     failed: NAME: WHY         an item that is wrong
     note: TEXT
+    retry: OPTION             before a crash: the item needs a new process, with this option
 
 A crash loses nothing that was printed before it: the part goes on in a new process without the item
 that was begun and not ended.
@@ -52,6 +53,8 @@ class Ended:
     """The items it ended."""
     error: str
     """The end of its stderr."""
+    retry: str | None = None
+    """The option with which it asked to be tried again."""
 
 
 def run_child(
@@ -69,6 +72,7 @@ def run_child(
     be tried again. At the deadline they count.
     """
     begun: str | None = None
+    retry: str | None = None
     done: list[str] = []
     held: list[harness.Row] = []
 
@@ -115,6 +119,8 @@ def run_child(
                 elif kind == "failed":
                     item, _, why = text.partition(": ")
                     said.failed.append((item, why))
+                elif kind == "retry":
+                    retry = text
                 elif kind == "note" and text not in said.notes:
                     said.notes.append(text)
             status = child.wait()
@@ -129,7 +135,8 @@ def run_child(
             pass_on()
         errors.seek(0)
         end = errors.read()[-4000:]
-    return Ended(status=status, in_time=not late.is_set(), begun=begun, done=done, error=end)
+    in_time = not late.is_set()
+    return Ended(status=status, in_time=in_time, begun=begun, done=done, error=end, retry=retry)
 
 
 def _kill(child: "subprocess.Popen[str]") -> None:
@@ -157,6 +164,7 @@ def run_items(
     *,
     options: Sequence[str] = (),
     on_crash: Sequence[str] = (),
+    environment: Mapping[str, str] | None = None,
     deadline: float,
     said: Said,
     on_row: OnRow,
@@ -164,13 +172,20 @@ def run_items(
     """Runs the items of a part and returns those that there was no time for.
 
     After a crash the others go on in a new process; the item itself is tried once more with the
-    options `on_crash`, where there are any.
+    option it asked for, and once with the options `on_crash`, where there are any.
     """
-    left, again = list(items), set[str]()
+    left, again = list(items), dict[str, list[str]]()
     while left and deadline - time.monotonic() > LEAST_S:
-        extra = [*options, *(on_crash if left[0] in again else ())]
+        extra = [*options, *again.get(left[0], ())]
         asked = left[:1] if left[0] in again else left
-        ended = run_child(module, [*extra, *asked], deadline=deadline, said=said, on_row=on_row)
+        ended = run_child(
+            module,
+            [*extra, *asked],
+            deadline=deadline,
+            said=said,
+            on_row=on_row,
+            environment=environment,
+        )
         left = [item for item in left if item not in ended.done]
         if not ended.in_time:
             return left
@@ -180,9 +195,11 @@ def run_items(
                 return []
             continue
         item = ended.begun
-        if on_crash and item not in again:
-            again.add(item)
-            said.notes.append(f"{item}: {why(ended)}; tried again with {' '.join(on_crash)}")
+        tried = again.get(item, [])
+        wanted = [ended.retry] if ended.retry is not None else list(on_crash)
+        if new := [option for option in wanted if option not in tried]:
+            again[item] = [*tried, *new]
+            said.notes.append(f"{item}: {why(ended)}; tried again with {' '.join(new)}")
             left = [item, *(other for other in left if other != item)]
         else:
             said.failed.append((item, why(ended)))

@@ -6,18 +6,19 @@ Three ways, by device and length of the call:
   queue the whole call first, so that launch gaps are those of the device alone;
 - replays of a CUDA graph of many calls, for calls under 50 us, where events would measure
   themselves. The calls take turns on copies of the inputs that together are larger than the cache;
+  contenders of one case are all timed in one of these two ways;
 - the host's clock around a synchronisation, where there are no events (CPU, MPS).
 """
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from benchmarks.gpu.card import synchronize
+from benchmarks.gpu.card import is_out_of_memory, synchronize
 
 Call = Callable[[int], Any]
 """Queues one call on copy number i of its inputs."""
@@ -76,22 +77,57 @@ class Flush:
             self._buffer.zero_()
 
 
-def timer_for(call: Call, *, copies: int, device: torch.device, flush: Flush) -> Timer:
-    """Warms `call` up and chooses how it is timed."""
-    for i in range(WARM_UP_CALLS):
-        call(i % copies)
-    synchronize(device)
+class CaptureError(RuntimeError):
+    """A call cannot be captured in a graph. Stream, allocator and random numbers of this process may still
+    be in the capture, so nothing more may be timed in it."""
+
+
+def timers_for(
+    calls: Mapping[str, Call],
+    *,
+    copies: int,
+    device: torch.device,
+    flush: Flush,
+    graphs: bool = True,
+) -> tuple[dict[str, Timer], list[str]]:
+    """Warms the calls up and times all in the same way: by graphs if one of them is short, else by
+    events. Also the names of those that do not fit into the memory, which have no timer.
+
+    CaptureError if one cannot be captured; `graphs` false does without.
+    """
+    samples: dict[str, Callable[[], float]] = {}
+    too_large = []
+    for name, call in calls.items():
+        try:
+            for i in range(WARM_UP_CALLS):
+                call(i % copies)
+            synchronize(device)
+            samples[name] = (
+                _Events(call, copies, device, flush)
+                if device.type == "cuda"
+                else _host(call, copies, device)
+            )
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            too_large.append(name)
     if device.type != "cuda":
-        return Timer(sample=_host(call, copies, device), method="host")
-    events = _Events(call, copies, device, flush)
-    if events() >= SHORT_US:
-        return Timer(sample=events, method="events")
+        return {n: Timer(sample=s, method="host") for n, s in samples.items()}, too_large
+    short = any(sample() < SHORT_US for sample in samples.values())
+    if not (short and graphs):
+        note = "no graph: one of the contenders cannot be captured" if short else None
+        found = {n: Timer(sample=s, method="events", note=note) for n, s in samples.items()}
+        return found, too_large
+    captured = {name: _captured(name, calls[name], copies, device) for name in samples}
+    return {n: Timer(sample=g, method="graph") for n, g in captured.items()}, too_large
+
+
+def _captured(name: str, call: Call, copies: int, device: torch.device) -> "_Graph":
     try:
-        return Timer(sample=_Graph(call, copies, device), method="graph")
-    except RuntimeError as error:  # what cannot be captured is timed with its launches
-        torch.cuda.synchronize(device)
-        why = str(error).strip().splitlines()[0]
-        return Timer(sample=events, method="events", note=f"no graph: {why}")
+        return _Graph(call, copies, device)
+    except RuntimeError as error:
+        why = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CaptureError(f"{name} cannot be captured: {why}") from error
 
 
 def _host(call: Call, copies: int, device: torch.device) -> Callable[[], float]:
@@ -199,8 +235,10 @@ def measure_ceilings(
 
 
 def _sampled(call: Call, rounds: int, device: torch.device, flush: Flush) -> list[float]:
-    timer = timer_for(call, copies=1, device=device, flush=flush)
-    return [timer() for _ in range(rounds)]
+    timers, too_large = timers_for({"": call}, copies=1, device=device, flush=flush, graphs=False)
+    if too_large:
+        raise torch.OutOfMemoryError("the ceilings: out of memory; another process has the card's")
+    return [timers[""]() for _ in range(rounds)]
 
 
 def _copy(size: int, device: torch.device) -> Call:

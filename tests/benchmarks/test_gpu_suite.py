@@ -106,7 +106,9 @@ def test_wrong_kernels_fail(change: Callable[..., Any]) -> None:
 
 
 def test_a_wrong_optimizer_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert max(error.worst for error in correctness._optimizer_errors(CPU)) <= 1
+    for shapes in optimizer_step.ODD.values():
+        errors = correctness._optimizer_errors(CPU, shapes)
+        assert max(error.worst for error in errors) <= 1
     right = optimizer_step.ours
 
     def other_decay(weights: list[Any]) -> Any:
@@ -115,7 +117,8 @@ def test_a_wrong_optimizer_fails(monkeypatch: pytest.MonkeyPatch) -> None:
             return right(weights)
 
     monkeypatch.setattr(optimizer_step, "ours", other_decay)
-    assert max(error.worst for error in correctness._optimizer_errors(CPU)) > 1
+    errors = correctness._optimizer_errors(CPU, optimizer_step.ODD["one number"])
+    assert max(error.worst for error in errors) > 1
 
 
 def test_a_failed_check_is_the_exit_status(
@@ -221,20 +224,27 @@ class _NoFlush:
         pass
 
 
-def test_long_calls_are_timed_by_events(cuda: _Cuda) -> None:
-    timer = timing.timer_for(
-        lambda i: time.sleep(0.002),
-        copies=1,
+def _timers(*, copies: int = 1, graphs: bool = True, **calls: Any) -> dict[str, timing.Timer]:
+    timers, too_large = timing.timers_for(
+        calls,
+        copies=copies,
         device=CUDA,
         flush=_NoFlush(),  # type: ignore[arg-type]
+        graphs=graphs,
     )
+    assert not too_large
+    return timers
+
+
+def test_long_calls_are_timed_by_events(cuda: _Cuda) -> None:
+    timer = _timers(a=lambda i: time.sleep(0.002))["a"]
     assert timer.method == "events" and cuda.captures == 0
     assert 1500 < timer() < 100_000
 
 
 def test_short_calls_are_timed_by_a_graph_of_many(cuda: _Cuda) -> None:
     calls: list[int] = []
-    timer = timing.timer_for(calls.append, copies=3, device=CUDA, flush=_NoFlush())  # type: ignore[arg-type]
+    timer = _timers(copies=3, a=calls.append)["a"]
     assert timer.method == "graph" and cuda.captures == 1
     captured = calls[-21:]
     assert captured == [0, 1, 2] * 7  # 20 at least, all copies alike
@@ -242,11 +252,35 @@ def test_short_calls_are_timed_by_a_graph_of_many(cuda: _Cuda) -> None:
     assert timer() > 0 and _Graph.replays > before + 1
 
 
-def test_what_cannot_be_captured_is_timed_by_events(cuda: _Cuda) -> None:
+def _nothing(i: int) -> None:
+    pass
+
+
+def test_contenders_of_a_case_are_timed_alike(cuda: _Cuda) -> None:
+    timers = _timers(short=_nothing, long=lambda i: time.sleep(0.001))
+    assert [timer.method for timer in timers.values()] == ["graph", "graph"]
+    timers = _timers(short=_nothing, long=lambda i: time.sleep(0.001), graphs=False)
+    assert [timer.method for timer in timers.values()] == ["events", "events"]
+    assert all("cannot be captured" in str(timer.note) for timer in timers.values())
+
+
+def test_after_a_failed_capture_nothing_is_timed_in_the_process(cuda: _Cuda) -> None:
     cuda.fail_capture = True
-    timer = timing.timer_for(lambda i: None, copies=1, device=CUDA, flush=_NoFlush())  # type: ignore[arg-type]
-    assert timer.method == "events" and timer() > 0
-    assert timer.note == "no graph: operation not permitted when stream is capturing"
+    with pytest.raises(timing.CaptureError, match="a cannot be captured: operation not permitted"):
+        _timers(a=_nothing)
+
+
+def test_what_does_not_fit_has_no_timer(cuda: _Cuda) -> None:
+    def large(i: int) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    timers, too_large = timing.timers_for(
+        {"large": large, "long": lambda i: time.sleep(0.001)},
+        copies=1,
+        device=CUDA,
+        flush=_NoFlush(),  # type: ignore[arg-type]
+    )
+    assert list(timers) == ["long"] and too_large == ["large"]
 
 
 def test_copies_are_more_than_the_cache_holds(cuda: _Cuda) -> None:
@@ -290,6 +324,61 @@ def test_rows_of_a_kernel() -> None:
         assert len(row["samples"]["us"]) == row["rounds"] == 2
         floor = both.moved / 1000.0 / 1e3
         assert row["fraction_of_ceiling"] == pytest.approx(floor / row["us"], abs=1e-4)
+
+
+def test_incoming_gradients_have_the_layout_of_their_outputs() -> None:
+    values = torch.randn(2, 3, 4, 5)
+    output = torch.zeros(2, 3, 4, 5, dtype=torch.bfloat16).to(memory_format=torch.channels_last)
+    (given,) = kernels.laid_out_as(output, [values])
+    assert given.stride() == output.stride() and given.dtype == output.dtype
+    assert torch.equal(given, values.bfloat16())
+    assert kernels.laid_out_as(torch.zeros_like(values), [values])[0] is values
+    seen: list[tuple[int, ...]] = []
+
+    class Identity(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> Any:
+            seen.append(grads[0].stride())
+            return grads[0]
+
+    def scaled(x: Tensor, weight: Tensor, bias: Tensor) -> Any:
+        return Identity.apply(x * weight[:, None, None] + bias[:, None, None])  # type: ignore[no-untyped-call]
+
+    channels_last = BY_NAME["group norm silu channels last"]
+    operation = replace(channels_last, plain=scaled, ours=bound(scaled))
+    correctness.errors_of(operation, (2, 32, 4, 5), torch.float32, device=CPU)
+    assert set(seen) == {(640, 1, 160, 32)}
+
+
+def test_large_optimizers_are_alone_on_the_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    setting = kernels.Setting(
+        device=CPU,
+        dtype=torch.float32,
+        flush=timing.Flush(CPU),
+        ceilings=timing.Ceilings(gb_per_s=1000.0, tflop_per_s=100.0),
+        rounds=2,
+        smoke=True,
+        with_libraries=False,
+    )
+    (together,) = kernels.timed(optimizer_step.NAME, setting)
+    assert together.interleaved and list(together.calls) == []  # ended: its states are free
+    monkeypatch.setattr(optimizer_step, "ALONE", 1)
+    alive: list[Any] = []
+    names, rows = [], []
+    for case in kernels.timed(optimizer_step.NAME, setting):
+        assert not any(earlier.calls for earlier in alive)
+        alive.append(case)
+        names += case.calls
+        rows += kernels.rows_of(case, setting)
+    assert names == ["eager", "ours"]
+    assert [row["interleaved"] for row in rows] == [False, False]
+    assert [row["case"] for row in rows] == [
+        f"{optimizer_step.NAME} tiny fp32, {name}" for name in names
+    ]
 
 
 def test_flops() -> None:
@@ -436,6 +525,9 @@ for name in names:
     print("row: " + json.dumps({"measurement": "m", "case": name}), flush=True)
     if name == "crash": os.abort()
     if name == "once" and "--safe" not in sys.argv: sys.exit("a library broke")
+    if name == "graph" and "--no-graphs" not in sys.argv:
+        print("retry: --no-graphs", flush=True)
+        sys.exit("cannot be captured")
     if name == "slow": time.sleep(60)
     print("absent: thing: why", flush=True)
     print("end: " + name, flush=True)
@@ -477,6 +569,12 @@ def test_a_crashed_item_is_tried_again_without_libraries(part: str) -> None:
     left, rows, said = _run(part, ["once", "b"], on_crash=("--safe",))
     assert (left, rows, said.failed) == ([], ["once", "b"], [])
     assert said.notes == ["once: a library broke; tried again with --safe"]
+
+
+def test_an_item_may_ask_for_a_new_process(part: str) -> None:
+    left, rows, said = _run(part, ["graph", "once"], on_crash=("--safe",))
+    assert (left, rows, said.failed) == ([], ["graph", "once"], [])
+    assert said.notes[0] == "graph: cannot be captured; tried again with --no-graphs"
 
 
 def test_the_deadline_ends_a_part(part: str) -> None:
