@@ -45,6 +45,8 @@ TOLERANCE = 1e-4
 """Largest relative difference between losses, or norms of gradients, compiled and eager: float32 keeps
 7 digits, and a compiled sum adds up in another order."""
 LOSS_STEPS = 4
+LOSS_SIZE = (64, 64)
+"""In pixels: what the coarsest level of a U-Net makes one position of."""
 CPU = Placement(
     device=torch.device("cpu"),
     base_dtype=torch.float32,
@@ -216,9 +218,7 @@ def losses(case: Case, backend: Backend | None) -> list[float]:
         optimizer=replace(case.config.optimizer, lr=1e-2),
         schedule=replace(case.config.schedule, name="constant", warmup_steps=0),
     )
-    smallest = min(min(size) for size in case.sizes)
-    side = max(64, smallest // 8)
-    rehearsal = rehearse(config, case.folder, placement=CPU, size=(side, side))
+    rehearsal = rehearse(config, case.folder, placement=CPU, size=LOSS_SIZE)
     if backend is not None:
         compile_blocks(rehearsal.denoiser, backend=backend)
     found: list[float] = []

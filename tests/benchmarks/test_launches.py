@@ -96,7 +96,7 @@ def test_kinds_of_kernels() -> None:
 
 
 def test_own_operations_are_counted_as_custom() -> None:
-    @torch.library.custom_op("fasttune_test_launches::twice", mutates_args=())
+    @torch.library.custom_op("fasttune::twice_for_a_test", mutates_args=())
     def twice(x: Tensor) -> Tensor:
         return 2 * x
 
