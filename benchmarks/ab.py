@@ -15,7 +15,6 @@ table says so), 1 a limit passed twice, 2 a mistake in the arguments or a revisi
 
 import argparse
 import shutil
-import signal
 import statistics
 import sys
 from collections.abc import Iterator, Sequence
@@ -33,7 +32,7 @@ from benchmarks.ab_rounds import (
     run_round,
     series,
 )
-from benchmarks.harness import Row, machine, write_rows
+from benchmarks.harness import Row, machine, terminable, write_rows
 from benchmarks.revisions import Beside, side_by_side
 from benchmarks.verdicts import (
     Change,
@@ -221,20 +220,6 @@ def bar(title: str) -> Iterator[Any]:
             shown.update()
 
         yield progress
-
-
-@contextmanager
-def terminable() -> Iterator[None]:
-    """Within, SIGTERM ends the command as Ctrl-C does, so that processes and copies go with it."""
-
-    def stop(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def report(result: Result, head: str) -> str:

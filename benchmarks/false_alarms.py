@@ -12,8 +12,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.ab import SUITES, Result, measure, prepare, terminable
-from benchmarks.harness import RESULTS, Row, machine, machine_name, write_rows
+from benchmarks.ab import SUITES, Result, measure, prepare
+from benchmarks.harness import RESULTS, Row, machine, machine_name, terminable, write_rows
 from benchmarks.revisions import side_by_side
 from benchmarks.verdicts import parse_limits
 

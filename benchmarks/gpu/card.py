@@ -126,10 +126,11 @@ def _nvml() -> dict[str, Any]:
     try:
         nvml.nvmlInit()
         uuid = _uuid()
+        # bytes: older versions take nothing else, newer ones take both
         card = (
             nvml.nvmlDeviceGetHandleByIndex(0)
             if uuid is None
-            else nvml.nvmlDeviceGetHandleByUUID(uuid)
+            else nvml.nvmlDeviceGetHandleByUUID(uuid.encode())
         )
         driver = nvml.nvmlSystemGetDriverVersion()
         return {
@@ -158,11 +159,13 @@ def _smi() -> dict[str, Any]:
     )
     if done.returncode != 0 or len(values) != len(_SMI):
         return {}
-    return {name: _number(value) for name, value in zip(_SMI, values, strict=True)}
+    found = dict(zip(_SMI, values, strict=True))
+    # "550.120" is the name of a driver, not a number
+    return {name: v if name == "driver" else _number(v) for name, v in found.items()}
 
 
 def _number(text: str) -> Any:
-    """A number where it is one ("[N/A]" and driver versions are not)."""
+    """A number where it is one; None for "[N/A]"."""
     try:
         return float(text) if "." in text else int(text)
     except ValueError:

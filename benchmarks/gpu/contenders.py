@@ -313,7 +313,7 @@ def main() -> None:
         return
     import torch
 
-    from benchmarks.gpu.card import device_for, state
+    from benchmarks.gpu.card import device_for
 
     case, device = parse(args.case), device_for(smoke=args.smoke)
     contender = CONTENDERS[args.contender]
@@ -335,12 +335,16 @@ def main() -> None:
     if reason is not None:
         print(f"absent: {case_name(case, args.contender)}: {reason}", flush=True)
         return
-    row |= {"host_peak_gib": steps.host_peak_gib(), "losses": [round(x, 6) for x in losses]}
+    row |= {
+        "host_peak_gib": steps.host_peak_gib(),
+        **steps.tf32(case),
+        "losses": [round(x, 6) for x in losses],
+    }
     if device.type == "cuda":
         row["gpu"] = torch.cuda.get_device_name(device)
     steps.with_plan(row, case, args.plan, smoke=args.smoke)
     row["predicted_peak_gib"] = None  # it is of our network
-    harness.emit("contender step", case=case_name(case, args.contender), **row, **state())
+    harness.emit("contender step", case=case_name(case, args.contender), **row)
 
 
 if __name__ == "__main__":

@@ -6,15 +6,17 @@ the same, but for the rounding of atomics; a kernel that is wrong bends the curv
 """
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from benchmarks.gpu.step_cases import StepCase, parse
 from benchmarks.harness import ROOT
 
 FILE = ROOT / "benchmarks" / "expected" / "loss_curves.json"
 AT_STEP = 20
 TOLERANCE = 0.01
-"""Relative, at step 20. Chosen, not measured: to be narrowed when curves of several runs are there."""
+"""Relative: at step 20 of a recorded curve, at every step within a run. Chosen, not measured: to be narrowed when curves of several runs are there."""
 
 Curves = dict[str, dict[str, list[float]]]
 """`place` -> case -> losses from step 1."""
@@ -54,12 +56,36 @@ def compared(
     return {**found, "loss_curve": "as recorded" if off <= TOLERANCE else "differs"}
 
 
+def is_new(row: dict[str, Any]) -> bool:
+    """Whether `record` would take the row's curve."""
+    return row.get("loss_curve") == "new" and bool(row.get("gpu")) and "loss_at_20" in row
+
+
+def differing(rows: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    """(case, the one before it) where losses of the same weights, batch and noise are apart at some
+    step: eager and compiled steps, saved and recomputed activations, with and without a memory cap
+    differ by rounding alone."""
+    first: dict[StepCase, dict[str, Any]] = {}
+    found = []
+    for row in rows:
+        if row["measurement"] != "training step" or not row.get("losses"):
+            continue
+        case = parse(row["case"])
+        alike = replace(case, activations="recompute", compiled=False, cap_gib=None)
+        other = first.setdefault(alike, row)
+        pairs = zip(row["losses"], other["losses"], strict=False)
+        # not >, so that NaN differs
+        if not all(abs(a - b) <= TOLERANCE * abs(b) for a, b in pairs):
+            found.append((row["case"], other["case"]))
+    return found
+
+
 def record(rows: list[dict[str, Any]], path: Path) -> list[str]:
     """Adds the curves that are new to the file, for later runs to be held to; their cases."""
     curves = read(path)
     added = []
     for row in rows:
-        if row.get("loss_curve") == "new" and row.get("gpu") and "loss_at_20" in row:
+        if is_new(row):
             known = curves.setdefault(place(row["gpu"], row["torch"]), {})
             if row["case"] not in known:
                 known[row["case"]] = row["losses"][:AT_STEP]

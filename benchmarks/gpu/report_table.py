@@ -86,5 +86,12 @@ def _number(row: Mapping[str, Any] | None, key: str, form: str) -> str:
 
 def _checks(rows: Sequence[Row]) -> str:
     found = [row for row in rows if row["measurement"] == "correctness"]
+    if not found:
+        return ""
+    kernels = {row["operation"] for row in found if row["own_kernel"]}
+    others = {row["operation"] for row in found} - kernels
     passed = sum(row["passed"] for row in found)
-    return f"correctness: {passed} of {len(found)} checks passed" if found else ""
+    return (
+        f"checked: {len(kernels)} kernels, {len(others)} model operations without one; "
+        f"{passed} of {len(found)} checks passed"
+    )

@@ -1,37 +1,34 @@
 #!/bin/sh
-# The GPU benchmarks on a bare machine with torch (and, for the training steps, numpy, safetensors and
-# Pillow): no install, no network.
+# The GPU benchmarks on a bare machine: no install, no network. Needs Python 3.11 or newer with torch for the
+# GPU, numpy, safetensors, Pillow and tqdm.
 #
-#   benchmarks/gpu/run.sh [--wheels FOLDER] [arguments of `fasttune bench gpu`]
+#   benchmarks/gpu/run.sh [arguments of `fasttune bench gpu`]
 #
-# Wheels in FOLDER (diffusers, peft, bitsandbytes, torchao, liger-kernel, ...) are unpacked beside the source tree
-# for this run, and are the contenders. Rows go to benchmarks/results, or to the folder $OUT.
+# `--wheels FOLDER` unpacks wheels (diffusers, peft, bitsandbytes, torchao, liger-kernel, ...) for this run: they are
+# the contenders. Rows go to benchmarks/results, or to the folder $OUT.
 set -eu
 
 root=$(cd "$(dirname "$0")/../.." && pwd)
 python=${PYTHON:-python3}
-site=$(mktemp -d)
-trap 'rm -rf "$site"' EXIT
-trap 'exit 130' INT
-trap 'exit 143' TERM
 
-if [ "${1:-}" = "--wheels" ]; then
-    wheels=${2:?--wheels needs a folder}
-    shift 2
-    [ -d "$wheels" ] || { echo "run.sh: --wheels $wheels: no such folder" >&2; exit 2; }
-    # A wheel is a zip file of what belongs into site-packages; pip is not always there.
-    for wheel in "$wheels"/*.whl; do
-        [ -e "$wheel" ] || { echo "run.sh: --wheels $wheels: no wheels in it" >&2; exit 2; }
-        "$python" -m zipfile -e "$wheel" "$site"
-    done
-fi
+"$python" - <<'CHECK' || exit 2
+import importlib.util
+import sys
 
-export PYTHONPATH="$root:$root/kernels:$site${PYTHONPATH:+:$PYTHONPATH}"
+if sys.version_info < (3, 11):
+    sys.exit(f"run.sh: {sys.executable} is Python {sys.version.split()[0]}; it takes 3.11 or newer "
+             "(PYTHON=/path/to/python run.sh chooses another)")
+needed = {"torch": "torch", "numpy": "numpy", "safetensors": "safetensors", "PIL": "Pillow", "tqdm": "tqdm"}
+missing = [name for module, name in needed.items() if importlib.util.find_spec(module) is None]
+if missing:
+    sys.exit(f"run.sh: {sys.executable} lacks {', '.join(missing)}: install it there, or choose another "
+             "with PYTHON=/path/to/python")
+CHECK
+
+export PYTHONPATH="$root:$root/kernels${PYTHONPATH:+:$PYTHONPATH}"
 export PYTHONUNBUFFERED=1
-cd "$root"
 if [ -n "${OUT:-}" ]; then
     set -- --out "$OUT" "$@"
 fi
-status=0
-"$python" -m benchmarks gpu "$@" || status=$?
-exit "$status"
+# -P: a folder named benchmarks where this is called from is not ours
+exec "$python" -P -m benchmarks gpu "$@"

@@ -145,6 +145,10 @@ def _ordered() -> Iterator[StepCase]:
     yield from (replace(case, cap_gib=cap) for case in (sdxl, sdxl_full) for cap in CAPS_GIB)
     yield replace(flux, cap_gib=24)
     yield replace(flux, size=512, cap_gib=24)
+    # the rest of what people try on such cards: where it does not fit, that is the row
+    narrow = replace(sdxl_full, precision="bf16-weights")
+    tried = (replace(sdxl, activations="save"), narrow, flux, flux_full)
+    yield from (replace(case, cap_gib=cap) for case in tried for cap in reversed(CAPS_GIB))
     yield replace(flux, size=512)
     yield replace(flux, size=512, compiled=True)
     yield flux_full

@@ -55,7 +55,7 @@ def measure(
         losses = timed_steps(take_step, case.batch_size, device, row, steps=steps, seconds=seconds)
         if case.compiled:
             row["graphs"] = _graphs()
-    row["host_peak_gib"] = host_peak_gib()
+    row |= {"host_peak_gib": host_peak_gib(), **tf32(case)}
     if device.type == "cuda":
         row["gpu"] = torch.cuda.get_device_name(device)
     return row, losses
@@ -104,6 +104,7 @@ def timed_steps(
         marks.append(_mark(device))
         if len(marks) > _RUN_AHEAD and device.type == "cuda":
             marks[-1 - _RUN_AHEAD].synchronize()
+    now = state()  # while the device is at the last steps: idle, it would clock and cool down
     times = _between(marks, device)
     row["steps"] = len(losses)
     if times:
@@ -112,6 +113,7 @@ def timed_steps(
         row["images_per_s"] = round(1000 * batch_size / median, 4)
         row["recompiles"] = _graphs() - compiled_before
         row |= memory_peaks(device)
+        row |= now
         row["samples"] = {"step_ms": [round(value, 3) for value in times]}
     return [float(loss) for loss in losses]
 
@@ -194,6 +196,19 @@ def host_peak_gib() -> float | None:
     return round((peak if sys.platform == "darwin" else peak * 1024) / GIB, 3)
 
 
+def tf32(case: StepCase) -> dict[str, bool]:
+    """For a row in float32, whether products and convolutions may be TF32: cuDNN's are by default. MFU
+    of such a row is a share of the float32 rate even so, and may pass 1."""
+    import torch
+
+    if case.compute_dtype != "fp32":
+        return {}
+    return {
+        "matmul_allow_tf32": torch.backends.cuda.matmul.allow_tf32,
+        "cudnn_allow_tf32": torch.backends.cudnn.allow_tf32,
+    }
+
+
 def _graphs() -> int:
     """Graphs that were compiled in this process."""
     from torch._dynamo.utils import counters
@@ -230,6 +245,9 @@ def main() -> None:
         "--seconds", type=float, default=60.0, help=f"after which steps end, past {FEWEST}"
     )
     parser.add_argument("--plan", type=Path, help="file of benchmarks.gpu.step_plan")
+    parser.add_argument(
+        "--curves", type=Path, default=loss_curves.FILE, help="file of recorded losses"
+    )
     parser.add_argument("--smoke", action="store_true", help="tiny, on the CPU")
     args = parser.parse_args()
     if args.list or args.case is None:
@@ -238,8 +256,9 @@ def main() -> None:
     case = parse(args.case)
     row, losses = measure(case, steps=args.steps, seconds=args.seconds, smoke=args.smoke)
     with_plan(row, case, args.plan, smoke=args.smoke)
-    row |= loss_curves.compared(case.name, _place(row), losses)
-    harness.emit("training step", case=case.name, **row, **state())
+    recorded = loss_curves.read(args.curves)
+    row |= loss_curves.compared(case.name, _place(row), losses, recorded)
+    harness.emit("training step", case=case.name, **row)
 
 
 if __name__ == "__main__":

@@ -1,34 +1,35 @@
 """`fasttune bench gpu`: correctness, kernels, training steps and contenders of this GPU, in one run.
 
 Each part runs in processes of its own, most important first, until the time is used up; what was not
-run is named. A kernel that fails its check is not timed, and the steps, which contain it, are not run.
+run is named. What is timed has ended its check, and passed it; a crash counts as wrong. Once something is
+wrong, the steps, which contain it, are not run.
 Rows are appended as they come, with the facts of the machine, to benchmarks/results/<gpu>.jsonl or
 to `--out`; a short table ends the run. `--smoke` tries all of it out at tiny sizes on the CPU, and its rows go
 to a temporary file.
 """
 
 import argparse
-import subprocess
-import sys
+import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+import zipfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
 from benchmarks import harness
 from benchmarks.gpu import loss_curves
+from benchmarks.gpu.chosen_items import PARTS, asked, own_kernels
 from benchmarks.gpu.parts import LEAST_S, Said, run_child, run_items, why
+from benchmarks.gpu.planning import Planner, complete
 from benchmarks.gpu.report_table import summary
-from benchmarks.gpu.step_cases import CAPS_GIB, StepCase, cases
 from fasttune.errors import FasttuneError, HardwareError
 
-PARTS = ("correctness", "kernels", "steps", "contenders")
 _ENDS = {"correctness": 0.25, "kernels": 0.4, "steps": 0.8, "contenders": 1.0}
 """Share of the time after which a part gives way to the next. What it leaves is taken up at the end."""
-_PLANNED = 12
-"""Steps whose peak is predicted beside the kernels: what 9 minutes have room for."""
+_PLANNING = 0.15
+"""Share of the time that the first step waits at most for the FLOPs of all."""
 _PREFIX = "benchmarks.gpu."
 
 
@@ -43,6 +44,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--only", default="", help="cases whose name contains this text")
     parser.add_argument("--steps", type=int, default=20, help="training steps of a case")
+    parser.add_argument(
+        "--wheels", type=Path, help="folder of wheels to unpack for this run: the contenders"
+    )
     parser.add_argument("--commit", help="commit of the rows, where the source tree has no .git")
     parser.add_argument(
         "--smoke", action="store_true", help="tiny sizes on the CPU, to try the benchmarks out"
@@ -61,6 +65,8 @@ class Run:
     said: Said = field(default_factory=Said)
     left: dict[str, list[str]] = field(default_factory=dict)
     """Part -> items that are not run yet."""
+    environment: dict[str, str] = field(default_factory=dict)
+    """Of the children, beside what all have."""
 
     def deadline(self, share: float = 1.0) -> float:
         seconds: float = 60 * self.args.minutes * share
@@ -84,38 +90,99 @@ class Run:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Exit status: 1 if something is wrong or crashed. HardwareError without a GPU."""
+    """Exit status: 1 if something is wrong or crashed. HardwareError without a GPU, FasttuneError
+    where there is nothing of the name asked for."""
+    if args.out is not None:
+        args.out = args.out.resolve()  # children run elsewhere
+    with harness.terminable(), tempfile.TemporaryDirectory(prefix="fasttune-bench-") as temporary:
+        return _run(args, Path(temporary))
+
+
+def _run(args: argparse.Namespace, temporary: Path) -> int:
     began = time.monotonic()
-    said, facts = Said(), _facts(args)
-    path = _results_file(args, facts)
-    suite = Run(args=args, facts=facts, path=path, began=began, said=said)
+    environment = {} if args.wheels is None else _unpacked(args.wheels, temporary / "site")
+    said, facts = Said(), _facts(args, environment)
+    suite = Run(
+        args=args,
+        facts=facts,
+        path=_results_file(args, facts),
+        began=began,
+        said=said,
+        environment=environment,
+    )
     said.notes += facts.pop("notes")
-    suite.left = {part: list(_items(suite, part)) for part in args.part or PARTS}
-    with tempfile.TemporaryDirectory() as temporary:
-        _all_parts(suite, Path(temporary))
-    if not args.smoke:
-        curves = args.out / "loss_curves.json" if args.out else loss_curves.FILE
-        if added := loss_curves.record(suite.rows, curves):
-            said.notes.append(f"{len(added)} loss curves are new and recorded in {curves}")
-    for row in suite.rows:
-        if row.get("loss_curve") == "differs":
-            said.failed.append((row["case"], "the losses differ from the recorded curve"))
+    suite.left = asked(args, facts, said)
+    _all_parts(suite, temporary)
+    _judge_curves(suite)
     print(summary(suite.rows, suite.said, suite.left))
     print(f"\n{len(suite.rows)} rows in {suite.path}, {time.monotonic() - began:.0f} s")
     return 1 if said.failed else 0
 
 
-def _facts(args: argparse.Namespace) -> harness.Row:
+def _unpacked(folder: Path, site: Path) -> dict[str, str]:
+    """Environment in which the wheels in `folder` can be imported. A wheel is a zip file of what belongs
+    into site-packages; pip is not always there."""
+    wheels = sorted(folder.glob("*.whl"))
+    if not wheels:
+        raise FasttuneError(
+            f"--wheels {folder}: no wheels (*.whl) there; give the folder they are in"
+        )
+    for wheel in wheels:
+        with zipfile.ZipFile(wheel) as file:
+            file.extractall(site)
+    return {"PYTHONPATH": os.pathsep.join([harness.environment()["PYTHONPATH"], str(site)])}
+
+
+def _curves_file(args: argparse.Namespace) -> Path:
+    return args.out / loss_curves.FILE.name if args.out else loss_curves.FILE
+
+
+def _judge_curves(suite: Run) -> None:
+    """Says which losses are not as they should be, and records new ones if this run can be trusted."""
+    failed = suite.said.failed
+    for row in suite.rows:
+        if row.get("loss_curve") == "differs":
+            failed.append((row["case"], "the losses differ from the recorded curve"))
+    for case, other in loss_curves.differing(suite.rows):
+        failed.append(
+            (
+                case,
+                f"losses are more than {loss_curves.TOLERANCE:.0%} from those of {other}, which has "
+                "the same weights and noise",
+            )
+        )
+    if suite.args.smoke or not any(loss_curves.is_new(row) for row in suite.rows):
+        return
+    file = _curves_file(suite.args)
+    if suite.facts.get("changed_files") != 0:
+        untold = "the checkout is changed, or no checkout at all"
+    elif failed or not own_kernels() <= _right(suite):
+        untold = "not all of this run is right"
+    else:
+        added = loss_curves.record(suite.rows, file)
+        suite.said.notes.append(f"{len(added)} loss curves are new and recorded in {file}")
+        return
+    suite.said.notes.append(f"new loss curves are not recorded: {untold}")
+
+
+def _facts(args: argparse.Namespace, environment: dict[str, str]) -> harness.Row:
     """Facts of the machine, from a process that gives the card back. HardwareError without a card."""
     found: list[harness.Row] = []
     said = Said()
     options = ["--smoke"] if args.smoke else []
     ended = run_child(
-        f"{_PREFIX}card", options, deadline=time.monotonic() + 300, said=said, on_row=found.append
+        f"{_PREFIX}card",
+        options,
+        deadline=time.monotonic() + 300,
+        said=said,
+        on_row=found.append,
+        environment=environment,
     )
     if not found:
         raise HardwareError(why(ended).removeprefix("fasttune.errors.HardwareError: "))
     facts = {key: value for key, value in found[0].items() if key != "measurement"}
+    if facts["commit"] == "unknown":
+        facts["changed_files"] = None  # git cannot tell
     if args.commit:
         facts["commit"] = args.commit
     return {**facts, "notes": said.notes}
@@ -127,8 +194,8 @@ def _results_file(args: argparse.Namespace, facts: harness.Row) -> Path:
         return (args.out or harness.RESULTS) / name
     if args.out is None:
         return Path(tempfile.mkdtemp(prefix="fasttune-bench-")) / name
-    folder: Path = args.out.resolve()
-    if folder == harness.RESULTS.resolve():
+    folder: Path = args.out
+    if folder.resolve() == harness.RESULTS.resolve():
         raise FasttuneError(
             f"--smoke --out {args.out}: rows of tiny sizes on the CPU are no results; give another "
             "folder, or leave --out away"
@@ -136,91 +203,101 @@ def _results_file(args: argparse.Namespace, facts: harness.Row) -> Path:
     return folder / name
 
 
-def _items(suite: Run, part: str) -> Iterator[str]:
-    """Names of what a part runs."""
-    wanted: Callable[[str], bool] = lambda name: suite.args.only in name  # noqa: E731
-    yield from filter(wanted, _LISTS[part](suite))
-
-
-def _correctness_items(suite: Run) -> list[str]:
-    from benchmarks.gpu import correctness
-
-    return list(dict.fromkeys(check.operation for check in correctness.checks()))
-
-
-def _kernel_items(suite: Run) -> list[str]:
-    from benchmarks.gpu import kernels
-
-    return kernels.items(smoke=suite.args.smoke)
-
-
-def _step_items(suite: Run) -> list[str]:
-    if suite.args.smoke:
-        case = StepCase(model="flux")
-        return [case.name, replace(case, compiled=True).name, replace(case, cap_gib=12).name]
-    memory = suite.facts.get("memory_gib")
-    too_large = [cap for cap in CAPS_GIB if memory is None or cap >= memory]
-    suite.said.absent += [f"cap{cap}: the card has {memory} GiB" for cap in too_large]
-    return [case.name for case in cases() if case.cap_gib not in too_large]
-
-
-def _contender_items(suite: Run) -> list[str]:
-    from benchmarks.gpu import contenders
-
-    pairs = contenders.items()[: 1 if suite.args.smoke else None]
-    return [f"{name} | {case.name}" for name, case in pairs]
-
-
-_LISTS: dict[str, Callable[[Run], Sequence[str]]] = {
-    "correctness": _correctness_items,
-    "kernels": _kernel_items,
-    "steps": _step_items,
-    "contenders": _contender_items,
-}
-
-
 def _all_parts(suite: Run, temporary: Path) -> None:
-    plan = temporary / "plan.json"
-    planning = _start_planning(suite, plan)
+    cases = [*suite.left.get("steps", ())]
+    cases += [item.partition(" | ")[2] for item in suite.left.get("contenders", ())]
+    planner = Planner(cases, temporary / "plan.json", suite.environment, smoke=suite.args.smoke)
     try:
         # Twice: what a part had no time for in its share is taken up with what the others left.
         for share in (None, 1.0):
             for part in suite.left:
-                _run_part(suite, part, share or _share(suite, part), plan, temporary)
+                _run_part(suite, part, share or _share(suite, part), planner, temporary)
+        planner.wait_for(suite.rows, suite.deadline())
     finally:
-        if planning is not None:
-            planning.kill()
-            planning.wait()
+        planner.end()
+        complete(suite.rows, suite.path, planner.file)
 
 
 def _share(suite: Run, part: str) -> float:
     return 1.0 if part == list(suite.left)[-1] else _ENDS[part]
 
 
-def _run_part(suite: Run, part: str, share: float, plan: Path, temporary: Path) -> None:
-    if part in ("correctness", "kernels"):
-        if part == "kernels":
-            _leave_out_failed(suite)
-        suite.left[part] = run_items(
-            f"{_PREFIX}{part}",
-            suite.left[part],
-            options=suite.smoke,
-            on_crash=("--no-libraries",) if part == "kernels" else (),
-            deadline=suite.deadline(share),
-            said=suite.said,
-            on_row=suite.add,
-        )
+def _run_part(suite: Run, part: str, share: float, planner: Planner, temporary: Path) -> None:
+    if part == "correctness":
+        before = len(suite.said.failed)
+        suite.left[part] = _items_of(suite, part, suite.left[part], share)
+        _crashes_are_wrong(suite, suite.said.failed[before:])
+        return
+    if part == "kernels":
+        _leave_out_failed(suite)
+        names, ready = suite.left[part], _checked(suite)
+        left = _items_of(suite, part, ready, share, on_crash=("--no-libraries",))
+        suite.left[part] = [name for name in names if name in left or name not in ready]
         return
     if wrong := _wrong_kernels(suite):
         if suite.left[part]:
             suite.said.notes.append(f"{part} were not run: {', '.join(wrong)} failed its check")
         suite.left[part] = []
-    run_one = _step if part == "steps" else _contender
-    while suite.left[part] and suite.has_time(share):
-        item = suite.left[part][0]
-        if not run_one(suite, item, suite.deadline(share), plan, temporary):
-            return  # no time: it stays the first of what is left
-        suite.left[part].pop(0)
+    if part == "steps" and not own_kernels() <= _right(suite):
+        return  # their checks had no time yet
+    if not (suite.left[part] and suite.has_time(share)):
+        return
+    seconds = 60 * suite.args.minutes * _PLANNING
+    planner.wait_for_flops(min(suite.deadline(share), time.monotonic() + seconds))
+    with planner.standing_still():
+        while suite.left[part] and suite.has_time(share):
+            item = suite.left[part][0]
+            run_one = _step if part == "steps" else _contender
+            if not run_one(suite, item, suite.deadline(share), planner.file, temporary):
+                return  # no time: it stays the first of what is left
+            suite.left[part].pop(0)
+
+
+def _items_of(
+    suite: Run, part: str, names: Sequence[str], share: float, on_crash: Sequence[str] = ()
+) -> list[str]:
+    """Runs items of a part that has them in one process, and returns what there was no time for."""
+    return run_items(
+        f"{_PREFIX}{part}",
+        names,
+        options=suite.smoke,
+        on_crash=on_crash,
+        deadline=suite.deadline(share),
+        said=suite.said,
+        on_row=suite.add,
+        environment=suite.environment,
+    )
+
+
+def _crashes_are_wrong(suite: Run, failed: Sequence[tuple[str, str]]) -> None:
+    """A row for each check that ended its process before it could say anything."""
+    wrong = _wrong_kernels(suite)
+    for item, text in failed:
+        if item not in wrong:
+            suite.add(
+                {
+                    "measurement": "correctness",
+                    "case": f"{item}, crashed",
+                    "operation": item,
+                    "own_kernel": item in own_kernels(),
+                    "passed": False,
+                    "crashed": text,
+                }
+            )
+
+
+def _right(suite: Run) -> set[str]:
+    """Operations whose checks have all ended and passed."""
+    found = {row["operation"] for row in suite.rows if row["measurement"] == "correctness"}
+    return found.difference(_wrong_kernels(suite), suite.left.get("correctness", ()))
+
+
+def _checked(suite: Run) -> list[str]:
+    """The kernels' items that may be timed by now."""
+    from benchmarks.gpu.kernels import CEILINGS, operation_of
+
+    right = {*_right(suite), CEILINGS}
+    return [name for name in suite.left["kernels"] if operation_of(name) in right]
 
 
 def _wrong_kernels(suite: Run) -> list[str]:
@@ -230,20 +307,34 @@ def _wrong_kernels(suite: Run) -> list[str]:
 
 def _leave_out_failed(suite: Run) -> None:
     """Takes what failed its check, or crashed in it, out of what is timed."""
-    wrong = {*_wrong_kernels(suite), *(item for item, _ in suite.said.failed)}
-    names = suite.left["kernels"]
-    bad = [name for name in names if name in wrong or name.rpartition(" b")[0] in wrong]
+    from benchmarks.gpu.kernels import operation_of
+
+    wrong, names = _wrong_kernels(suite), suite.left["kernels"]
+    bad = [name for name in names if operation_of(name) in wrong]
     if bad:
         suite.said.notes.append(f"not timed after their check failed: {', '.join(bad)}")
         suite.left["kernels"] = [name for name in names if name not in bad]
 
 
 def _step(suite: Run, name: str, deadline: float, plan: Path, temporary: Path) -> bool:
-    """One case of training steps; False if the time was up before it ended. Compiled ones run twice,
-    with an empty compile cache and with what the first left there."""
-    options = ["--case", name, "--plan", str(plan), *suite.smoke]
-    if " compile" not in name:
-        return _child(suite, "steps", name, [*options, *_steps(suite)], deadline, {})
+    """One case of training steps; False if the time was up before it ended."""
+    options = ["--case", name, "--plan", str(plan), "--curves", str(_curves_file(suite.args))]
+    return _cold_and_warm(suite, "steps", name, [*options, *suite.smoke], deadline, temporary)
+
+
+def _cold_and_warm(
+    suite: Run,
+    module: str,
+    item: str,
+    options: Sequence[str],
+    deadline: float,
+    temporary: Path,
+) -> bool:
+    """As `_child`; what is compiled runs twice, with an empty compile cache and with what the first
+    left there, never with the user's own."""
+    timed = [*options, "--steps", "5" if suite.args.smoke else str(suite.args.steps)]
+    if " compile" not in item:
+        return _child(suite, module, item, timed, deadline, {})
     with tempfile.TemporaryDirectory(dir=temporary) as cache:
         environment = {
             "TORCHINDUCTOR_CACHE_DIR": f"{cache}/inductor",
@@ -251,28 +342,23 @@ def _step(suite: Run, name: str, deadline: float, plan: Path, temporary: Path) -
         }
         cold: list[harness.Row] = []
         if not _child(
-            suite, "steps", name, [*options, "--steps", "1"], deadline, environment, cold.append
+            suite, module, item, [*options, "--steps", "1"], deadline, environment, cold.append
         ):
             return False
-        if not cold:  # it failed, which has been said
+        if not cold:  # it failed or is absent, which has been said
             return True
         seconds = cold[0].get("first_step_s")
 
         def add(row: harness.Row) -> None:
             suite.add({**row, "first_step_cold_s": seconds})
 
-        options += _steps(suite)
-        return _child(suite, "steps", name, options, deadline, environment, add)
-
-
-def _steps(suite: Run) -> list[str]:
-    return ["--steps", "5" if suite.args.smoke else str(suite.args.steps)]
+        return _child(suite, module, item, timed, deadline, environment, add)
 
 
 def _contender(suite: Run, item: str, deadline: float, plan: Path, temporary: Path) -> bool:
     contender, _, case = item.partition(" | ")
     options = ["--case", case, "--contender", contender, "--plan", str(plan), *suite.smoke]
-    return _child(suite, "contenders", item, [*options, *_steps(suite)], deadline, {})
+    return _cold_and_warm(suite, "contenders", item, options, deadline, temporary)
 
 
 def _child(
@@ -291,24 +377,8 @@ def _child(
         deadline=deadline,
         said=suite.said,
         on_row=on_row or suite.add,
-        environment=environment,
+        environment={**suite.environment, **environment},
     )
     if ended.status != 0 and ended.in_time:
         suite.said.failed.append((item, why(ended)))
     return ended.in_time
-
-
-def _start_planning(suite: Run, plan: Path) -> "subprocess.Popen[bytes] | None":
-    """Predictions need the CPU alone, and events do not feel them: they run beside the kernels."""
-    names = suite.left.get("steps", [])[:_PLANNED]
-    if not names:
-        return None
-    wanted = [word for name in names for word in ("--case", name)]
-    command = [sys.executable, "-m", f"{_PREFIX}step_plan", str(plan), *suite.smoke, *wanted]
-    return subprocess.Popen(
-        command,
-        cwd=harness.ROOT,
-        env=harness.environment(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks import ab, ab_rounds, compare, false_alarms, revisions
+from benchmarks import ab, ab_rounds, compare, false_alarms, harness, revisions
 from benchmarks.ab_rounds import Round, Workload, run_round, series
 from benchmarks.revisions import Beside, RevisionError, Side, commit_of, side_by_side
 from benchmarks.verdicts import Change, Outcome, parse_limits
@@ -111,7 +111,7 @@ def test_nothing_is_left_after_ctrl_c(repository: Path) -> None:
 
 
 def test_sigterm_is_as_ctrl_c() -> None:
-    with pytest.raises(KeyboardInterrupt), ab.terminable():
+    with pytest.raises(KeyboardInterrupt), harness.terminable():
         os.kill(os.getpid(), signal.SIGTERM)
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 

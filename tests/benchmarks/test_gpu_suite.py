@@ -6,15 +6,18 @@ sizes: they show that the code around them runs and counts right, not what a GPU
 
 import argparse
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -23,16 +26,19 @@ from torch import Tensor
 from benchmarks import harness
 from benchmarks.gpu import (
     card,
+    chosen_items,
     correctness,
     kernels,
     loss_curves,
     optimizer_step,
     parts,
+    planning,
     step_cases,
     steps,
     suite,
     timing,
 )
+from benchmarks.gpu.chosen_items import asked
 from benchmarks.gpu.libraries import outputs_of, why_not
 from benchmarks.gpu.operation import Draw, Operation, bound
 from benchmarks.gpu.operations import OPERATIONS
@@ -607,50 +613,355 @@ def test_smoke_rows_are_no_results() -> None:
         suite._results_file(args, {"gpu": None, "cpu": "x", "cores": 1})
 
 
-def test_wrong_kernels_are_not_timed(tmp_path: Path) -> None:
-    run = suite.Run(args=_arguments(), facts={}, path=tmp_path / "r.jsonl", began=time.monotonic())
-    run.left = {
-        "kernels": ["ceilings", "geglu b1", "attention b1", "qk norm rope attention b1"],
-        "steps": ["s"],
-        "contenders": ["c | s"],
+def _suite(folder: Path, *given: str, **left: list[str]) -> suite.Run:
+    run = suite.Run(
+        args=_arguments(*given), facts={}, path=folder / "rows.jsonl", began=time.monotonic()
+    )
+    run.left = left
+    return run
+
+
+def _no_planner(folder: Path) -> planning.Planner:
+    return planning.Planner([], folder / "plan.json", {}, smoke=True)
+
+
+def _check(operation: str, passed: bool) -> harness.Row:
+    return {
+        "measurement": "correctness",
+        "case": f"{operation} 1",
+        "operation": operation,
+        "own_kernel": operation == "attention",
+        "passed": passed,
     }
-    wrong = {"measurement": "correctness", "case": "x", "operation": "attention", "passed": False}
-    run.add(wrong)
+
+
+def test_wrong_kernels_are_not_timed(tmp_path: Path) -> None:
+    names = ["ceilings", "geglu b1", "attention b1", "qk norm rope attention b1"]
+    run = _suite(tmp_path, correctness=[], kernels=names, steps=["s"], contenders=["c | s"])
+    run.add(_check("attention", False))
     suite._leave_out_failed(run)
     assert run.left["kernels"] == ["ceilings", "geglu b1", "qk norm rope attention b1"]
     for name in ("steps", "contenders"):
-        suite._run_part(run, name, 1.0, tmp_path / "plan.json", tmp_path)
+        suite._run_part(run, name, 1.0, _no_planner(tmp_path), tmp_path)
         assert run.left[name] == []
     assert any("steps were not run" in note for note in run.said.notes)
 
 
-def test_what_is_not_run_is_named(tmp_path: Path) -> None:
-    run = suite.Run(
-        args=_arguments("--minutes", "0"), facts={}, path=tmp_path / "r", began=time.monotonic()
+def test_what_is_not_checked_is_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ["ceilings", "geglu b1", "attention b1", "gelu tanh b1"]
+    run = _suite(tmp_path, correctness=["attention"], kernels=names, steps=["s"])
+    for operation in ("geglu", "attention"):  # the first check of several
+        run.add(_check(operation, True))
+    timed: list[str] = []
+
+    def run_items(module: str, items: list[str], **options: Any) -> list[str]:
+        timed.extend(items)
+        return []
+
+    monkeypatch.setattr(suite, "run_items", run_items)
+    suite._run_part(run, "kernels", 1.0, _no_planner(tmp_path), tmp_path)
+    assert timed == ["ceilings", "geglu b1"]
+    assert run.left["kernels"] == ["attention b1", "gelu tanh b1"]
+    suite._run_part(run, "steps", 1.0, _no_planner(tmp_path), tmp_path)
+    assert run.left["steps"] == ["s"]  # until attention is checked to the end
+
+
+def test_a_crash_in_a_check_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = _suite(tmp_path, correctness=["attention"], kernels=["attention b1"], steps=["s"])
+
+    def run_items(module: str, items: list[str], **options: Any) -> list[str]:
+        options["said"].failed.append(("attention", "killed by SIGSEGV"))
+        return []
+
+    monkeypatch.setattr(suite, "run_items", run_items)
+    suite._run_part(run, "correctness", 1.0, _no_planner(tmp_path), tmp_path)
+    (row,) = run.rows
+    assert row["operation"] == "attention" and row["passed"] is False and row["own_kernel"]
+    suite._leave_out_failed(run)
+    assert run.left["kernels"] == []
+    assert "checked: 1 kernels, 0 model operations without one; 0 of 1" in summary(
+        run.rows, run.said, run.left
     )
-    run.left = {part: ["x"] for part in suite.PARTS}
+
+
+@pytest.mark.parametrize(
+    ("given", "checks", "others"),
+    [
+        (("--part", "kernels", "--only", "geglu"), ["geglu"], {"kernels"}),
+        (("--part", "steps"), ["attention"], {"steps"}),
+        (("--part", "contenders"), [], {"contenders"}),
+        (("--only", "sdxl lora fp16"), ["attention"], {"steps"}),
+        (("--only", "gelu tanh b4"), ["gelu tanh"], {"kernels"}),
+    ],
+)
+def test_checks_of_what_is_timed_are_run(
+    given: tuple[str, ...], checks: list[str], others: set[str]
+) -> None:
+    found = asked(_arguments(*given), {"memory_gib": 80.0}, parts.Said())
+    assert found.pop("correctness") == checks
+    assert {part for part, names in found.items() if names} == others
+
+
+def test_nothing_of_the_name_is_a_mistake() -> None:
+    with pytest.raises(FasttuneError, match='--only "typo".*geglu b1.*sdxl lora bf16'):
+        asked(_arguments("--only", "typo"), {"memory_gib": 80.0}, parts.Said())
+
+
+def test_what_is_not_run_is_named(tmp_path: Path) -> None:
+    run = _suite(tmp_path, "--minutes", "0", **{part: ["x"] for part in suite.PARTS})
     for name in suite.PARTS:
-        suite._run_part(run, name, 1.0, tmp_path / "plan.json", tmp_path)
+        suite._run_part(run, name, 1.0, _no_planner(tmp_path), tmp_path)
     text = summary(run.rows, run.said, run.left)
     assert text.count("not run: budget:") == 4
 
 
-def test_caps_of_larger_cards_are_left_out(tmp_path: Path) -> None:
-    run = suite.Run(
-        args=_arguments(), facts={"memory_gib": 15.9}, path=tmp_path / "r", began=time.monotonic()
-    )
-    names = suite._step_items(run)
+def test_caps_of_larger_cards_are_left_out() -> None:
+    said = parts.Said()
+    names = chosen_items.steps_of({"memory_gib": 15.9}, said)
     assert any(name.endswith("cap12") for name in names)
     assert not any(name.endswith(("cap16", "cap24")) for name in names)
-    assert run.said.absent == [f"cap{cap}: the card has 15.9 GiB" for cap in (16, 24)]
+    assert said.absent == [f"cap{cap}: the card has 15.9 GiB" for cap in (16, 24)]
+
+
+def test_predictions_complete_rows_that_were_written_without(tmp_path: Path) -> None:
+    run = _suite(tmp_path)
+    step, case = "flux lora bf16 recompute b1 1024", StepCase()
+    late = {"gpu": "NVIDIA H200", "step_ms": 500.0, "tflop": None, "mfu": None}
+    run.path.write_text('{"measurement": "of an earlier run"}\n')
+    run.add({"measurement": "training step", "case": case.name, **late})
+    run.add({"measurement": "contender step", "case": f"{step}, diffusers peft", **late})
+    run.add({"measurement": "kernel", "case": "x"})
+    assert planning.case_of(run.rows[0]) == planning.case_of(run.rows[1]) == case
+    plan = tmp_path / "plan.json"
+    planning.complete(run.rows, run.path, plan)  # nothing is predicted
+    assert run.rows[0]["mfu"] is None
+    plan.write_text(json.dumps({case.name: {"tflop": 98.9, "predicted_peak_gib": 24.7}}))
+    planning.complete(run.rows, run.path, plan)
+    first, *written = (json.loads(line) for line in run.path.read_text().splitlines())
+    assert first == {"measurement": "of an earlier run"} and written == run.rows
+    assert [row["mfu"] for row in written[:2]] == [pytest.approx(0.2, abs=0.003)] * 2
+    assert [row["predicted_peak_gib"] for row in written[:2]] == [24.7, None]
+
+
+def test_the_planner_stands_still_while_steps_are_timed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Popen:
+        signals: ClassVar[list[int]] = []
+
+        def __init__(self, command: list[str], **options: Any) -> None:
+            assert command.count("--case") == 2
+
+        def poll(self) -> None:
+            return None
+
+        def send_signal(self, number: int) -> None:
+            self.signals.append(number)
+
+    monkeypatch.setattr(planning.subprocess, "Popen", Popen)
+    planner = planning.Planner(["a", "b", "a"], tmp_path / "plan.json", {}, smoke=True)
+    with planner.standing_still():
+        assert Popen.signals == [signal.SIGSTOP]
+    assert Popen.signals == [signal.SIGSTOP, signal.SIGCONT]
+    began = time.monotonic()
+    planner.wait_for_flops(began + 0.3)
+    assert time.monotonic() - began >= 0.3
+    planner.file.write_text(json.dumps({"a": {"tflop": 1.0}, "b": {"no_prediction": "why"}}))
+    planner.wait_for_flops(time.monotonic() + 60)
+
+
+def _step_row(name: str, losses: list[float]) -> harness.Row:
+    return {
+        "measurement": "training step",
+        "case": name,
+        "gpu": "G",
+        "torch": "2.11.0",
+        "loss_curve": "new",
+        "losses": losses,
+        "loss_at_20": losses[-1],
+    }
+
+
+def test_curves_of_the_same_weights_and_noise_agree() -> None:
+    eager, losses = StepCase(), [1.0] * 20
+    rows = [
+        _step_row(eager.name, losses),
+        _step_row(replace(eager, activations="save", compiled=True).name, [1.009] * 20),
+        _step_row(replace(eager, size=512).name, [2.0] * 20),
+        _step_row(replace(eager, cap_gib=24).name, [*losses[:5], 1.02, *losses[6:]]),
+        _step_row(replace(eager, compiled=True).name, [*losses[:-1], float("nan")]),
+    ]
+    assert loss_curves.differing(rows) == [
+        (rows[3]["case"], eager.name),
+        (rows[4]["case"], eager.name),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("changed_files", "checked", "losses", "recorded"),
+    [
+        (0, True, 1.0, 2),
+        (1, True, 1.0, 0),
+        (None, True, 1.0, 0),
+        (0, False, 1.0, 0),
+        (0, True, 2.0, 0),
+    ],
+)
+def test_only_a_run_that_can_be_trusted_records_curves(
+    tmp_path: Path, changed_files: int | None, checked: bool, losses: float, recorded: int
+) -> None:
+    run = _suite(tmp_path, "--out", str(tmp_path), correctness=[])
+    run.facts["changed_files"] = changed_files
+    if checked:
+        run.add(_check("attention", True))
+    run.rows += [
+        _step_row(StepCase().name, [1.0] * 20),
+        _step_row(StepCase(compiled=True).name, [losses] * 20),
+    ]
+    suite._judge_curves(run)
+    found = loss_curves.read(tmp_path / "loss_curves.json").get("G, torch 2.11", {})
+    assert len(found) == recorded
+    assert bool(run.said.failed) == (losses != 1.0)
+
+
+def test_compiled_contenders_start_with_an_empty_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = _suite(tmp_path)
+    children: list[tuple[str, str]] = []
+
+    def run_child(module: str, options: list[str], **others: Any) -> parts.Ended:
+        count = options[options.index("--steps") + 1]
+        children.append((count, others["environment"].get("TORCHINDUCTOR_CACHE_DIR", "")))
+        row = {"measurement": "contender step", "case": "c", "first_step_s": float(count)}
+        others["on_row"](row)
+        return parts.Ended(status=0, in_time=True, begun=None, done=[], error="")
+
+    monkeypatch.setattr(suite, "run_child", run_child)
+    item, plan = "diffusers peft compile | " + StepCase().name, tmp_path / "plan.json"
+    assert suite._contender(run, item, time.monotonic() + 60, plan, tmp_path)
+    (cold, first), (warm, second) = children
+    assert (cold, warm) == ("1", "20") and first == second != ""
+    assert len(run.rows) == 1 and run.rows[0]["first_step_cold_s"] == 1.0
+    suite._contender(run, item.replace(" compile", ""), time.monotonic() + 60, plan, tmp_path)
+    assert children[2:] == [("20", "")]
+
+
+def test_wheels_are_for_the_children(tmp_path: Path) -> None:
+    with pytest.raises(FasttuneError, match="no wheels"):
+        suite._unpacked(tmp_path, tmp_path / "site")
+    with zipfile.ZipFile(tmp_path / "a_contender-1-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("a_contender.py", "x = 1\n")
+    environment = suite._unpacked(tmp_path, tmp_path / "site")
+    assert str(tmp_path / "site") in environment["PYTHONPATH"].split(os.pathsep)
+    assert (tmp_path / "site" / "a_contender.py").is_file()
+
+
+# --- the card
+
+
+def test_the_driver_is_a_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(card, "_uuid", lambda: None)
+    done = SimpleNamespace(stdout="550.120, 1980, 2619, 41, [N/A]\n", returncode=0)
+    monkeypatch.setattr(card.subprocess, "run", lambda *a, **k: done)
+    found = card._smi()
+    assert found["driver"] == "550.120" and found["clock_mhz"] == 1980
+    assert found["power_w"] is None
+
+
+def test_old_pynvml_wants_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    def by_uuid(uuid: bytes) -> str:
+        if not isinstance(uuid, bytes):
+            raise TypeError("bytes or integer address expected instead of str instance")
+        return uuid.decode()
+
+    nvml = SimpleNamespace(
+        nvmlInit=lambda: None,
+        nvmlDeviceGetHandleByUUID=by_uuid,
+        nvmlSystemGetDriverVersion=lambda: b"550.120",
+        nvmlDeviceGetClockInfo=lambda card, which: 1980,
+        nvmlDeviceGetTemperature=lambda card, which: 41,
+        nvmlDeviceGetPowerUsage=lambda card: 300_000,
+        NVML_CLOCK_SM=1,
+        NVML_CLOCK_MEM=2,
+        NVML_TEMPERATURE_GPU=0,
+        NVMLError=RuntimeError,
+    )
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    monkeypatch.setattr(card, "_uuid", lambda: "GPU-1")
+    assert card._nvml()["driver"] == "550.120"
+
+
+def test_the_state_is_read_before_the_device_is_waited_for(
+    cuda: _Cuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[str] = []
+    monkeypatch.setattr(steps, "state", lambda: events.append("state") or {"clock_mhz": 1980})
+    between = steps._between
+    monkeypatch.setattr(steps, "_between", lambda *a: events.append("wait") or between(*a))
+    row: harness.Row = {}
+    steps.timed_steps(lambda: torch.tensor(1.0), 1, CUDA, row, steps=7, seconds=60.0)
+    assert events == ["state", "wait"] and row["clock_mhz"] == 1980
+
+
+# --- the script
+
+SCRIPT = harness.ROOT / "benchmarks" / "gpu" / "run.sh"
+
+
+def test_the_script_names_what_is_missing(tmp_path: Path) -> None:
+    python = tmp_path / "python"  # without site-packages
+    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" -I -S "$@"\n')
+    python.chmod(0o755)
+    done = subprocess.run(
+        ["sh", str(SCRIPT)],
+        env={"PYTHON": str(python), "PATH": os.defpath},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert "lacks torch, numpy, safetensors, Pillow, tqdm: install" in done.stderr
+
+
+@pytest.mark.slow
+def test_sigterm_ends_the_children(tmp_path: Path) -> None:
+    script = subprocess.Popen(
+        ["sh", str(SCRIPT), "--smoke", "--part", "steps", "--out", "rows"],
+        env={**harness.environment(), "PYTHON": sys.executable, "TMPDIR": str(tmp_path)},
+        cwd=tmp_path,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    started, deadline = set[int](), time.monotonic() + 120
+    while not started and script.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.2)
+        started = {p for p in _children(script.pid) if _is_module(p, "benchmarks.gpu.step")}
+    assert started
+    script.terminate()
+    assert script.wait(60) == 130
+    assert not any(_is_module(process, "benchmarks.gpu") for process in started)
+    assert not list(tmp_path.glob("fasttune-bench-*/plan*"))
+
+
+def _children(pid: int) -> list[int]:
+    found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [int(child) for child in found]
+
+
+def _is_module(pid: int, module: str) -> bool:
+    try:
+        return module.encode() in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return False
 
 
 @pytest.mark.slow
 def test_the_whole_suite_in_miniature(tmp_path: Path) -> None:
     results = {path: path.stat().st_mtime for path in harness.RESULTS.iterdir()}
-    script = harness.ROOT / "benchmarks" / "gpu" / "run.sh"
     done = subprocess.run(
-        ["sh", str(script), "--smoke"],
+        ["sh", str(SCRIPT), "--smoke"],
         env={**harness.environment(), "PYTHON": sys.executable, "OUT": str(tmp_path)},
         capture_output=True,
         text=True,
