@@ -117,8 +117,12 @@ def _run_module(module: str, cache: Path | None) -> Outcome:
     return Outcome(module, gates, tuple(last["versions"]), time.perf_counter() - begin)
 
 
-SOURCES = ("fasttune", "kernels", "csrc", "configs", "benchmarks", "pyproject.toml")
-IGNORED = {"__pycache__", "results", "expected", "gpu", "micro", "foundation"}
+SOURCES = ("fasttune", "kernels", "csrc", "configs", "pyproject.toml")
+SOURCES += tuple(
+    f"benchmarks/{name}"
+    for name in ("static", "models", "harness.py", "roofline.py", "gpus.toml", "command.py")
+)
+IGNORED = {"__pycache__"}
 KINDS = {".py", ".toml", ".json", ".cu", ".cuh", ".h", ".cpp"}
 
 
