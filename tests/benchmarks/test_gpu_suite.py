@@ -374,7 +374,8 @@ def test_large_optimizers_are_alone_on_the_card(monkeypatch: pytest.MonkeyPatch)
     assert together.interleaved and list(together.calls) == []  # ended: its states are free
     monkeypatch.setattr(optimizer_step, "ALONE", 1)
     alive: list[Any] = []
-    names, rows = [], []
+    names: list[str] = []
+    rows: list[harness.Row] = []
     for case in kernels.timed(optimizer_step.NAME, setting):
         assert not any(earlier.calls for earlier in alive)
         alive.append(case)
@@ -896,9 +897,18 @@ def test_the_state_is_read_before_the_device_is_waited_for(
     cuda: _Cuda, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     events: list[str] = []
-    monkeypatch.setattr(steps, "state", lambda: events.append("state") or {"clock_mhz": 1980})
     between = steps._between
-    monkeypatch.setattr(steps, "_between", lambda *a: events.append("wait") or between(*a))
+
+    def state() -> dict[str, int]:
+        events.append("state")
+        return {"clock_mhz": 1980}
+
+    def wait(*given: Any) -> list[float]:
+        events.append("wait")
+        return between(*given)
+
+    monkeypatch.setattr(steps, "state", state)
+    monkeypatch.setattr(steps, "_between", wait)
     row: harness.Row = {}
     steps.timed_steps(lambda: torch.tensor(1.0), 1, CUDA, row, steps=7, seconds=60.0)
     assert events == ["state", "wait"] and row["clock_mhz"] == 1980
