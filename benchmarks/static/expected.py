@@ -29,6 +29,8 @@ class Expectation:
     versions: dict[str, str]
     """Of torch, triton and python, as they were when it was written."""
     gates: Gates
+    depends: dict[str, list[str]]
+    """gate -> of which versions its numbers are a function."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,13 +57,24 @@ class Difference:
         return bool(self.found > self.expected)
 
     @property
+    def is_gone(self) -> bool:
+        """The case is no longer looked at."""
+        return not self.key and self.found is None
+
+    @property
+    def needs_reason(self) -> bool:
+        return self.is_raised or self.is_gone
+
+    @property
     def change(self) -> str:
         """`peak_gib 9.1 -> 9.6`: this text, in LOG.md, is what explains a raise."""
+        if not self.key:
+            return "gone" if self.found is None else "new"
         return f"{self.key} {_short(self.expected)} -> {_short(self.found)}"
 
     def __str__(self) -> str:
         if not self.key:
-            return f"{self.place}: {'gone' if self.found is None else 'new'}"
+            return f"{self.place}: {self.change}"
         note = "  (raised)" if self.is_raised else ""
         if isinstance(self.expected, list) and isinstance(self.found, list):
             less = [f"-{item}" for item in self.expected if item not in self.found]
@@ -80,7 +93,7 @@ def parse(text: str, origin: str) -> Expectation:
     """FasttuneError for a file that is not an expectation."""
     try:
         found = json.loads(text)
-        return Expectation(versions=found["versions"], gates=found["gates"])
+        return Expectation(found["versions"], found["gates"], found["depends"])
     except (ValueError, KeyError, TypeError) as error:
         raise FasttuneError(
             f"{origin} is no expectation ({error!r}); restore it with `git checkout {origin}`, or "
@@ -91,7 +104,7 @@ def parse(text: str, origin: str) -> Expectation:
 def read(path: Path = EXPECTED) -> Expectation:
     """The expectation, empty where there is no file yet."""
     if not path.exists():
-        return Expectation(versions={}, gates={})
+        return Expectation({}, {}, {})
     return parse(path.read_text(encoding="utf-8"), str(path))
 
 
@@ -105,7 +118,8 @@ def to_json(expectation: Expectation) -> str:
         ]
         gates.append(f"  {json.dumps(gate)}: {{\n" + ",\n".join(lines) + "\n  }")
     return (
-        f'{{\n "versions": {json.dumps(expectation.versions)},\n'
+        f'{{\n "versions": {json.dumps(expectation.versions, sort_keys=True)},\n'
+        f' "depends": {json.dumps(expectation.depends, sort_keys=True)},\n'
         ' "gates": {\n' + ",\n".join(gates) + "\n }\n}\n"
     )
 
@@ -127,33 +141,46 @@ def compare(expected: Gates, found: Gates) -> list[Difference]:
     return differences
 
 
-def merged(expectation: Expectation, found: Gates, versions: Mapping[str, str]) -> Expectation:
-    """The replacement: what was found, and untouched what was not looked at."""
-    return Expectation(
-        versions={**expectation.versions, **versions}, gates={**expectation.gates, **found}
-    )
-
-
 def log_line(difference: Difference, reason: str) -> str:
     """The line of LOG.md that goes with a change."""
     return f"- {difference.place}: {difference.change}. {reason}"
 
 
+NO_REASON = "WHY"
+"""Stands where a reason is to be written."""
+
+
+def is_reason(text: str, begin: str = "") -> bool:
+    """Whether something is said after `begin`."""
+    return text.removeprefix(begin).strip(" .") not in ("", NO_REASON)
+
+
 def unexplained(differences: Iterable[Difference], log: str) -> list[Difference]:
-    """Raised numbers that no line of the log names with the case and both values."""
-    lines = log.splitlines()
-    return [
-        d
-        for d in differences
-        if d.is_raised and not any(d.place in line and d.change in line for line in lines)
-    ]
+    """Raises, and cases that are gone, without a line in the log: each takes one of its own, with
+    case, both values and a reason."""
+    lines = [line.strip() for line in log.splitlines()]
+    found = []
+    for difference in differences:
+        if not difference.needs_reason:
+            continue
+        begin = log_line(difference, "")
+        line = next((x for x in lines if x.startswith(begin) and is_reason(x, begin)), None)
+        if line is None:
+            found.append(difference)
+        else:
+            lines.remove(line)
+    return found
 
 
-def history(path: Path = EXPECTED) -> list[Expectation]:
-    """The file as it is, and as the repository's commits had it, newest first."""
+def history(path: Path = EXPECTED) -> list[Expectation] | None:
+    """The file as it is, and as the branch's commits had it, newest first. None where git does not
+    have them all: no repository, or a shallow clone."""
     name = path.relative_to(ROOT).as_posix()
+    if _git("rev-parse", "--is-shallow-repository") != "false\n":
+        return None
     versions = [path.read_text(encoding="utf-8")] if path.exists() else []
-    for commit in _git("log", "--format=%H", "-n", "200", "--", name).split():
+    # Along first parents alone: two branches side by side are no change from one to the other.
+    for commit in _git("log", "--first-parent", "--format=%H", "-n", "200", "--", name).split():
         text = _git("show", f"{commit}:{name}")
         if text:  # absent in the commit that removed it
             versions.append(text)
@@ -161,13 +188,21 @@ def history(path: Path = EXPECTED) -> list[Expectation]:
 
 
 def unexplained_raises(states: Sequence[Expectation], log: str) -> list[Difference]:
-    """Over the whole history, newest first: raises without a line in the log. Between states of
-    other versions of torch, triton or python numbers may differ for no change of ours."""
-    found = []
+    """Over the whole history, newest first: what has no line in the log. Between states of other
+    versions a gate's numbers may differ for no change of ours."""
+    differences = []
     for newer, older in zip(states, states[1:], strict=False):
-        if newer.versions == older.versions:
-            found += unexplained(compare(older.gates, newer.gates), log)
-    return found
+        for gate in sorted({*older.gates, *newer.gates}):
+            if same_versions(gate, newer, older.versions):
+                before, now = older.gates.get(gate, {}), newer.gates.get(gate, {})
+                differences += compare({gate: before}, {gate: now})
+    return unexplained(differences, log)
+
+
+def same_versions(gate: str, expectation: Expectation, versions: Mapping[str, str]) -> bool:
+    """Whether the gate's numbers were made with these versions of what they depend on."""
+    names = expectation.depends.get(gate, list(expectation.versions))
+    return all(expectation.versions.get(name) == versions.get(name) for name in names)
 
 
 def _git(*arguments: str) -> str:

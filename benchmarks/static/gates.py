@@ -5,10 +5,10 @@ processes of their own, two at a time, and are compared with expected/static.jso
 """
 
 import argparse
-import functools
 import hashlib
 import importlib
 import json
+import os
 import platform
 import sys
 import time
@@ -16,15 +16,23 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, distributions, version
 from pathlib import Path
 
 from benchmarks.harness import ROOT, Row, collect, emit, table
 from benchmarks.static import expected as e
 from fasttune.errors import FasttuneError
 
-GATES = ("step", "graphs", "launches", "blocks", "codegen", "host", "python_calls")
-"""Modules, the slowest first. A row may name another gate than its module's."""
+GATES = {
+    "step": ("memory", "flops", "launches"),
+    "graphs": ("graphs",),
+    "blocks": ("blocks",),
+    "compiled_launches": ("compiled_launches",),
+    "host": ("host",),
+    "python_calls": ("python_calls",),
+    "codegen": ("codegen",),
+}
+"""Module -> the gates its rows belong to, the slowest first. A row of several names its own."""
 DONE = "done"
 """Marks the last row of a module, so that one without cases is not taken for a failure."""
 REPLACEMENT = e.EXPECTED.with_name("static.new.json")
@@ -98,12 +106,18 @@ def find(modules: Sequence[str], *, jobs: int, cache: Path | None) -> Iterator[O
 def _run_module(module: str, cache: Path | None) -> Outcome:
     """From the cache if nothing changed that a number could depend on."""
     begin = time.perf_counter()
-    kept = None if cache is None else cache / f"{module}-{fingerprint()}.json"
+    before = fingerprint()
+    kept = None if cache is None else cache / f"{module}-{before}.json"
     if kept is not None and kept.is_file():
         found = json.loads(kept.read_text(encoding="utf-8"))
     else:
         found = collect([sys.executable, "-m", "benchmarks.static.gates", module], threads=1)
-        if kept is not None:
+        # Not what was found while somebody edited, nor a problem: it may be gone the next time.
+        if (
+            kept is not None
+            and fingerprint() == before
+            and not any(r.get("problem") for r in found)
+        ):
             _keep(kept, module, found)
     *rows, last = found
     gates: e.Gates = {}
@@ -120,17 +134,28 @@ def _run_module(module: str, cache: Path | None) -> Outcome:
 SOURCES = ("fasttune", "kernels", "csrc", "configs", "pyproject.toml")
 SOURCES += tuple(
     f"benchmarks/{name}"
-    for name in ("static", "models", "harness.py", "roofline.py", "gpus.toml", "command.py")
+    for name in (
+        "__init__.py",
+        "__main__.py",
+        "command.py",
+        "gpus.toml",
+        "harness.py",
+        "models",
+        "roofline.py",
+        "static",
+    )
 )
 IGNORED = {"__pycache__"}
 KINDS = {".py", ".toml", ".json", ".cu", ".cuh", ".h", ".cpp"}
 
 
-@functools.cache
 def fingerprint() -> str:
     """Of every file that the gates run or read, and of what they run on."""
     digest = hashlib.blake2b(digest_size=12)
-    digest.update(json.dumps([installed_versions(), sys.version, platform.machine()]).encode())
+    packages = sorted(f"{d.name} {d.version}" for d in distributions())
+    inherited = os.environ  # noqa: TID251  # compilers read some of it
+    variables = {k: v for k, v in inherited.items() if k.startswith(("TORCH", "TRITON"))}
+    digest.update(json.dumps([packages, variables, sys.version, platform.machine()]).encode())
     for name in SOURCES:
         top = ROOT / name
         for path in [top] if top.is_file() else sorted(top.rglob("*")):
@@ -184,7 +209,7 @@ def report(
     """Prints the differences and writes the replacement; 1 if there are any."""
     status = 0
     differences: list[e.Difference] = []
-    found: e.Gates = {}
+    compared: list[Outcome] = []
     for outcome in outcomes:
         other = {
             name: (expectation.versions[name], installed[name])
@@ -199,44 +224,52 @@ def report(
             )
             status |= strict
             continue
-        for gate, cases in outcome.gates.items():
-            found.setdefault(gate, {}).update(cases)
-    # A gate that several modules feed is compared when all have run.
-    for gate, cases in found.items():
-        old = expectation.gates.get(gate, {})
-        if len(outcomes) < len(GATES):
-            old = {case: row for case, row in old.items() if case in cases}
-        differences += e.compare({gate: old}, {gate: cases})
+        compared.append(outcome)
+        for gate in GATES[outcome.module]:
+            old, new = expectation.gates.get(gate, {}), outcome.gates.get(gate, {})
+            differences += e.compare({gate: old}, {gate: new})
     if not differences:
         return int(status)
     print(f"\n{len(differences)} values are not as in {e.EXPECTED.relative_to(ROOT)}:")
     for difference in differences:
         print(f"  {difference}")
-    replacement = _replacement(expectation, found, installed)
-    REPLACEMENT.write_text(e.to_json(replacement), encoding="utf-8")
+    REPLACEMENT.write_text(
+        e.to_json(replacement(compared, expectation, installed)), encoding="utf-8"
+    )
     print(
         f"\nThe replacement is in {REPLACEMENT.relative_to(ROOT)}. If the change is meant, take it:"
     )
     print('  fasttune bench static --write --reason "why"')
-    raised = [d for d in differences if d.is_raised]
-    if raised:
-        print("Raised numbers need their lines in benchmarks/LOG.md; --reason writes them:")
-        for difference in raised:
-            print(f"  {e.log_line(difference, 'WHY')}")
+    lines = [e.log_line(d, e.NO_REASON) for d in differences if d.needs_reason]
+    if lines:
+        print("What rose or is gone needs its line in benchmarks/LOG.md; --reason writes them:")
+        print("\n".join(f"  {line}" for line in lines))
     return 1
 
 
-def _replacement(
-    expectation: e.Expectation, found: e.Gates, installed: dict[str, str]
+def replacement(
+    outcomes: Sequence[Outcome], expectation: e.Expectation, installed: dict[str, str]
 ) -> e.Expectation:
-    """Cases that were not looked at stay."""
-    gates = {gate: {**expectation.gates.get(gate, {}), **cases} for gate, cases in found.items()}
-    return e.merged(expectation, gates, installed)
+    """What was found, and untouched the gates that were not looked at."""
+    gates, depends = dict(expectation.gates), dict(expectation.depends)
+    for outcome in outcomes:
+        for gate in GATES[outcome.module]:
+            gates[gate] = outcome.gates.get(gate, {})
+            depends[gate] = sorted(outcome.versions)
+    if len(outcomes) == len(GATES):  # gates that no module has any more go
+        owned = [gate for names in GATES.values() for gate in names]
+        gates = {gate: gates[gate] for gate in owned}
+        depends = {gate: depends[gate] for gate in owned}
+    return e.Expectation({**expectation.versions, **installed}, gates, depends)
 
 
 def report_history() -> int:
     """1 if the file was ever raised without a line in LOG.md."""
-    bad = e.unexplained_raises(e.history(), e.LOG.read_text(encoding="utf-8"))
+    states = e.history()
+    if states is None:
+        print("LOG.md is not checked: git has not the whole history here (a shallow clone?)")
+        return 0
+    bad = e.unexplained_raises(states, e.LOG.read_text(encoding="utf-8"))
     for difference in bad:
         print(f"RAISED WITHOUT A LINE IN LOG.md  {difference.place}: {difference.change}")
     return 1 if bad else 0
@@ -249,36 +282,43 @@ def write(
     reason: str | None,
 ) -> int:
     """Takes over what was found. Raised numbers need a reason, which goes into LOG.md."""
-    found: e.Gates = {}
-    for outcome in outcomes:
-        for gate, cases in outcome.gates.items():
-            found.setdefault(gate, {}).update(cases)
-    if len(outcomes) == len(GATES):
-        replacement = e.merged(e.Expectation(expectation.versions, {}), found, installed)
-    else:
-        other = {n for n, v in installed.items() if expectation.versions.get(n, v) != v}
-        if other:
-            raise FasttuneError(
-                f"other versions of {', '.join(sorted(other))} than the expectation's: write all "
-                "gates together, without --gate"
-            )
-        replacement = _replacement(expectation, found, installed)
-    differences = e.compare(expectation.gates, replacement.gates)
-    raised = [d for d in differences if d.is_raised]
-    same_versions = replacement.versions == expectation.versions
-    if raised and same_versions and not reason:
-        for difference in raised:
+    new = replacement(outcomes, expectation, installed)
+    other = [
+        gate
+        for gate in expectation.gates
+        if not e.same_versions(gate, expectation, installed) and gate not in _gates_of(outcomes)
+    ]
+    if other:
+        raise FasttuneError(
+            f"{', '.join(other)} were recorded with other versions than those installed: write all "
+            "gates together, without --gate"
+        )
+    differences = [
+        d
+        for gate in sorted({*expectation.gates, *new.gates})
+        if e.same_versions(gate, expectation, installed)
+        for d in e.compare({gate: expectation.gates.get(gate, {})}, {gate: new.gates.get(gate, {})})
+    ]
+    reasons = [d for d in differences if d.needs_reason]
+    given = (reason or "").strip(" .")
+    if reasons and not e.is_reason(given):
+        for difference in reasons:
             print(f"  {difference}")
         raise FasttuneError(
-            f'{len(raised)} numbers rose: give --reason "why", which is written into LOG.md'
+            f'{len(reasons)} numbers rose or are gone: give --reason "why", which is written into '
+            "LOG.md"
         )
-    e.EXPECTED.write_text(e.to_json(replacement), encoding="utf-8")
+    e.EXPECTED.write_text(e.to_json(new), encoding="utf-8")
     REPLACEMENT.unlink(missing_ok=True)
-    if raised and reason:
-        lines = "\n".join(e.log_line(d, reason) for d in raised)
+    if reasons:
+        lines = "\n".join(e.log_line(d, f"{given}.") for d in reasons)
         _into_log(f"## {time.strftime('%Y-%m-%d')}: static gates raised\n\n{lines}\n\n")
     print(f"{len(differences)} values taken over into {e.EXPECTED.relative_to(ROOT)}")
     return 0
+
+
+def _gates_of(outcomes: Sequence[Outcome]) -> set[str]:
+    return {gate for outcome in outcomes for gate in GATES[outcome.module]}
 
 
 def _into_log(entry: str) -> None:

@@ -14,6 +14,7 @@ from benchmarks.static import gates
 from fasttune.errors import FasttuneError
 
 VERSIONS = {"torch": "2.13.0", "triton": "3.9.0", "python": "3.11"}
+DEPENDS = {"memory": ["torch"]}
 MEMORY = {"flux": {"peak_gib": 9.5, "module": "blocks.3", "parts": ["a", "b"]}}
 
 Run = Callable[..., int]
@@ -24,7 +25,7 @@ def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A git repository with an expectation and a log."""
     path, log = tmp_path / "benchmarks/expected/static.json", tmp_path / "benchmarks/LOG.md"
     path.parent.mkdir(parents=True)
-    path.write_text(e.to_json(e.Expectation(VERSIONS, {"memory": MEMORY})))
+    path.write_text(e.to_json(e.Expectation(VERSIONS, {"memory": MEMORY}, DEPENDS)))
     log.write_text("# Benchmark log\n\nNewest first.\n\n## 2026-01-01: before\n\nOld.\n")
     monkeypatch.setattr(e, "ROOT", tmp_path)
     monkeypatch.setattr(e, "EXPECTED", path)
@@ -33,7 +34,7 @@ def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(e.read, "__defaults__", (path,))
     monkeypatch.setattr(gates, "ROOT", tmp_path)
     monkeypatch.setattr(gates, "REPLACEMENT", path.with_name("static.new.json"))
-    monkeypatch.setattr(gates, "GATES", ("memory", "codegen"))
+    monkeypatch.setattr(gates, "GATES", {"memory": ("memory",), "codegen": ("codegen",)})
     monkeypatch.setattr(gates, "installed_versions", lambda: dict(VERSIONS))
     git(tmp_path, "init", "-q", "-b", "main")
     commit(tmp_path)
@@ -160,9 +161,151 @@ def test_a_damaged_expectation_says_what_to_do(run: Run, repository: Path) -> No
 
 
 def test_the_file_has_one_case_a_line() -> None:
-    text = e.to_json(e.Expectation(VERSIONS, {"memory": {**MEMORY, "sdxl": {"peak_gib": 1.0}}}))
+    both = {"memory": {**MEMORY, "sdxl": {"peak_gib": 1.0}}}
+    text = e.to_json(e.Expectation(VERSIONS, both, DEPENDS))
     assert json.loads(text)["gates"]["memory"]["sdxl"] == {"peak_gib": 1.0}
     assert sum('"peak_gib"' in line for line in text.splitlines()) == 2
-    assert e.parse(text, "x") == e.Expectation(
-        VERSIONS, {"memory": {**MEMORY, "sdxl": {"peak_gib": 1.0}}}
-    )
+    assert e.parse(text, "x") == e.Expectation(VERSIONS, both, DEPENDS)
+
+
+def test_a_gate_that_finds_nothing_fails(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run({}) == 1
+    assert "`memory / flux`: gone" in capsys.readouterr().out
+
+
+def test_what_is_gone_needs_a_reason(run: Run, repository: Path) -> None:
+    with pytest.raises(FasttuneError, match="--reason"):
+        run({}, "--write")
+    with pytest.raises(FasttuneError, match="--reason"):
+        run({}, "--write", "--reason", "WHY")
+    assert run({}, "--write", "--reason", "Not trained any more") == 0
+    log = (repository / "benchmarks/LOG.md").read_text()
+    assert "- `memory / flux`: gone. Not trained any more.\n" in log
+    commit(repository)
+    assert run({}) == 0
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "- `memory / flux`: peak_gib 9.5 -> 9.61. Another number.",
+        "- `memory / flux`: peak_gib 9.5 -> 9.6. WHY",
+        "- `memory / flux`: peak_gib 9.5 -> 9.6. ",
+        "- `memory / flux2`: peak_gib 9.5 -> 9.6. Another case.",
+    ],
+)
+def test_a_line_that_explains_nothing(run: Run, repository: Path, line: str) -> None:
+    path, log = repository / "benchmarks/expected/static.json", repository / "benchmarks/LOG.md"
+    path.write_text(path.read_text().replace("9.5", "9.6"))
+    log.write_text(f"{log.read_text()}{line}\n")
+    assert run(with_peak(9.6)) == 1
+    log.write_text(f"{log.read_text()}- `memory / flux`: peak_gib 9.5 -> 9.6. Needed.\n")
+    assert run(with_peak(9.6)) == 0
+
+
+def test_a_line_explains_one_raise(run: Run, repository: Path) -> None:
+    path, log = repository / "benchmarks/expected/static.json", repository / "benchmarks/LOG.md"
+    log.write_text(f"{log.read_text()}- `memory / flux`: peak_gib 9.5 -> 9.6. Needed.\n")
+    for before, after in (("9.5", "9.6"), ("9.6", "9.5"), ("9.5", "9.6")):
+        path.write_text(path.read_text().replace(before, after))
+        commit(repository)
+    assert run(with_peak(9.6)) == 1
+
+
+def test_branches_side_by_side_accuse_nobody(run: Run, repository: Path) -> None:
+    path = repository / "benchmarks/expected/static.json"
+    between = {f"case {i}": {"peak_gib": 1.0} for i in range(8)}  # git merges what is apart
+    two = {"a": {"peak_gib": 9.5}, **between, "z": {"peak_gib": 9.0}}
+    path.write_text(e.to_json(e.Expectation(VERSIONS, {"memory": two}, DEPENDS)))
+    commit(repository)
+    git(repository, "checkout", "-q", "-b", "one")
+    path.write_text(path.read_text().replace("9.5", "8.5"))
+    commit(repository)
+    git(repository, "checkout", "-q", "main")
+    path.write_text(path.read_text().replace("9.0", "8.0"))
+    commit(repository)
+    git(repository, "merge", "-q", "--no-ff", "-m", "Merged.", "one")
+    assert run({"a": {"peak_gib": 8.5}, **between, "z": {"peak_gib": 8.0}}) == 1  # flux is gone
+    log = repository / "benchmarks/LOG.md"
+    log.write_text(f"{log.read_text()}- `memory / flux`: gone. Replaced.\n")
+    assert run({"a": {"peak_gib": 8.5}, **between, "z": {"peak_gib": 8.0}}) == 0
+
+
+def test_a_shallow_clone_says_that_it_cannot_check(
+    run: Run,
+    repository: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    commit(repository)
+    shallow = tmp_path_factory.mktemp("shallow") / "clone"
+    git(repository, "clone", "-q", "--depth", "1", f"file://{repository}", str(shallow))
+    monkeypatch.setattr(e, "ROOT", shallow)
+    monkeypatch.setattr(e.history, "__defaults__", (shallow / "benchmarks/expected/static.json",))
+    assert run(MEMORY) == 0
+    assert "LOG.md is not checked" in capsys.readouterr().out
+
+
+def test_another_triton_hides_no_raise_of_memory(run: Run, repository: Path) -> None:
+    path = repository / "benchmarks/expected/static.json"
+    newer = e.Expectation({**VERSIONS, "triton": "3.10.0"}, {"memory": with_peak(9.9)}, DEPENDS)
+    path.write_text(e.to_json(newer))
+    states = e.history(path)
+    assert states is not None
+    (found,) = e.unexplained_raises(states, "")
+    assert found.change == "peak_gib 9.5 -> 9.9"
+
+
+@pytest.fixture
+def cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], dict[str, Any]]:
+    """cached() runs one module on a tree of one file, whose contents are its number."""
+    source = tmp_path / "fasttune" / "number.py"
+    source.parent.mkdir()
+    source.write_text("1")
+    monkeypatch.setattr(gates, "ROOT", tmp_path)
+
+    def collect(command: list[str], *, threads: int) -> list[dict[str, Any]]:
+        collect.runs += 1  # type: ignore[attr-defined]
+        row = {"measurement": "memory", "case": "a", "u": int(source.read_text())}
+        if row["u"] == 13:
+            row["problem"] = "unlucky"
+        after = tmp_path / "edit"
+        if after.exists():  # somebody edits while the module runs
+            source.write_text(after.read_text())
+        return [row, {"measurement": "done", "versions": ["torch"]}]
+
+    collect.runs = 0  # type: ignore[attr-defined]
+    monkeypatch.setattr(gates, "collect", collect)
+
+    def run() -> dict[str, Any]:
+        outcome = gates._run_module("memory", tmp_path / "cache")
+        return {**outcome.gates["memory"]["a"], "runs": collect.runs}  # type: ignore[attr-defined]
+
+    return run
+
+
+def test_results_are_kept_until_a_source_changes(
+    cached: Callable[[], dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tmp_path / "fasttune" / "number.py"
+    assert cached() == {"u": 1, "runs": 1}
+    assert cached() == {"u": 1, "runs": 1}
+    source.write_text("2")
+    assert cached() == {"u": 2, "runs": 2}
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+    monkeypatch.setenv("TORCHINDUCTOR_MAX_FUSION_SIZE", "3")
+    assert cached()["runs"] == 3
+    source.write_text("13")
+    assert cached()["runs"] == 4 and cached()["runs"] == 5  # problems are not kept
+
+
+def test_what_was_found_while_a_file_was_edited_is_not_kept(
+    cached: Callable[[], dict[str, Any]], tmp_path: Path
+) -> None:
+    source, edit = tmp_path / "fasttune" / "number.py", tmp_path / "edit"
+    edit.write_text("2")
+    assert cached() == {"u": 1, "runs": 1}
+    edit.unlink()
+    source.write_text("1")
+    assert cached() == {"u": 1, "runs": 2}
