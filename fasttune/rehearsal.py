@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fasttune.build import adapt, objective_for, step_for
 from fasttune.config import Config
+from fasttune.data.buckets import make_buckets
 from fasttune.data.loader import Batch
 from fasttune.device import Placement, dtypes
 from fasttune.models import MODELS
@@ -25,6 +26,9 @@ from fasttune.optim.chunks import chunked_as_on
 from fasttune.seeds import derive_seed
 from fasttune.step import Step
 from fasttune.trained import Trained
+
+PIXELS_PER_LATENT = 8
+"""Along each side, as `ModelSpec.input_shapes` takes it; `folder` need not have the VAE."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -37,6 +41,8 @@ class Rehearsal:
     trained: Trained
     forward: Step
     batch: Batch
+    size: tuple[int, int]
+    """(width, height) in pixels of the images that `rehearse` made the batch for."""
     device_type: str
     """The kind of device that is rehearsed; the placement's own, but for fake tensors."""
     step: int = field(default=0, init=False)
@@ -75,17 +81,17 @@ def rehearse(
 ) -> Rehearsal:
     """The config's run on the model whose config files are in `folder`; no weights are read.
 
-    `size` is (width, height) in pixels, by default the square of the first source's resolution.
+    `size` is (width, height) in pixels, by default the run's largest bucket: what takes most.
     Call it under a FakeTensorMode, with a CPU placement, to make no real tensors: fake CUDA tensors
     have no backward without a GPU. `device_type` then says what they stand for.
     """
     spec = MODELS[config.model.family]
+    size = size or largest_bucket(config, spec, folder)
     with _drawn(config.run.seed):
         denoiser = network_without_weights(spec, folder, placement)
         adapt(config, spec, denoiser)
         set_recompute(denoiser, config.memory.activations == "recompute")
         denoiser.train()
-        resolution = config.data[0].resolution
         return Rehearsal(
             config=config,
             placement=placement,
@@ -94,9 +100,40 @@ def rehearse(
             forward=step_for(
                 config, spec, denoiser, objective_for(config, spec, folder), placement, folder
             ),
-            batch=random_batch(config, spec, folder, placement, size or (resolution, resolution)),
+            batch=random_batch(config, spec, folder, placement, size),
+            size=size,
             device_type=device_type or placement.device.type,
         )
+
+
+def bucket_sizes(config: Config, spec: ModelSpec, folder: Path) -> tuple[tuple[int, int], ...]:
+    """(width, height) in pixels of the buckets of all sources, each once, as `prepare` makes them for a
+    model whose config files are in `folder` and whose latents have 1/8 of an image's size."""
+    multiple = spec.latent_multiple(read_config(folder, spec.denoiser_folder))
+    if spec.objective != "reconstruction":  # whose inputs are pixels
+        multiple *= PIXELS_PER_LATENT
+    made = (
+        make_buckets(
+            resolution=source.resolution,
+            resolution_type=source.resolution_type,
+            multiple=multiple,
+            max_aspect=source.max_aspect,
+            aspect_buckets=source.aspect_buckets,
+        )
+        for source in config.data
+    )
+    return tuple(dict.fromkeys(size for buckets in made for size in buckets.sizes))
+
+
+def largest_bucket(config: Config, spec: ModelSpec, folder: Path) -> tuple[int, int]:
+    """(width, height) in pixels of the bucket with the most tokens over all sources, whose batches
+    need the most memory and time. Of several the squarest; of those the first, which is upright."""
+
+    def order(size: tuple[int, int]) -> tuple[int, float]:
+        width, height = size
+        return width * height, -max(width / height, height / width)
+
+    return max(bucket_sizes(config, spec, folder), key=order)
 
 
 def gpu_placement(config: Config) -> Placement:
@@ -144,7 +181,12 @@ def network_without_weights(spec: ModelSpec, folder: Path, placement: Placement)
 def random_batch(
     config: Config, spec: ModelSpec, folder: Path, placement: Placement, size: tuple[int, int]
 ) -> Batch:
-    """Random latents and conditions of the shapes and dtypes that the cache would give."""
+    """Random latents with a deviation, float32, and conditions in the compute dtype, of the shapes that
+    a run's batch has for images of `size`, (width, height) in pixels.
+
+    A run's conditions come in the dtype that the cache stores them in, int8 unpacked to float32, and its
+    step converts them; `text_storage = "auto"` stores the compute dtype. Where `cache.latents` is
+    "sample", its latents have no deviation. Its loader keeps further batches on the device."""
     width, height = size
     count, device = config.train.batch_size, placement.device
     shapes = spec.input_shapes(read_config(folder, spec.denoiser_folder), width, height)

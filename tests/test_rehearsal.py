@@ -9,11 +9,12 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from benchmarks.static.models import CONFIG_FILES, MODEL_FOLDERS, config_named, shipped_configs
 from fasttune.config import Config
+from fasttune.data.buckets import make_buckets
 from fasttune.device import Placement, place
 from fasttune.models import MODELS
 from fasttune.models.weights import read_config
 from fasttune.optim import chunks
-from fasttune.rehearsal import gpu_placement, rehearse
+from fasttune.rehearsal import bucket_sizes, gpu_placement, largest_bucket, rehearse
 
 QUICKSTART = Path(__file__).parents[1] / "configs" / "quickstart" / "model"
 
@@ -66,7 +67,41 @@ def test_fake_steps_make_no_real_tensor() -> None:
     assert isinstance(loss, FakeTensor)
     assert all(isinstance(p, FakeTensor) for p in rehearsal.denoiser.parameters())
     base = rehearsal.denoiser.get_parameter("conv_in.weight")
-    assert base.dtype == torch.bfloat16 and rehearsal.batch.latent_mean.shape == (2, 4, 64, 64)
+    assert base.dtype == torch.bfloat16
+    # 66 tokens of 64 x 64 pixels, where the square has 64
+    assert rehearsal.size == (384, 704)
+    assert rehearsal.batch.latent_mean.shape == (2, 4, 88, 48)
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        ("quickstart", (96, 96)),  # one square
+        # as many pixels as 768 x 1440 and 864 x 1280, but squarer, and more than 1024 x 1024
+        ("sdxl-lora-12gb", (960, 1152)),
+        ("tiny-vae", (96, 100)),  # of the second source; multiples of 4 pixels
+    ],
+)
+def test_the_largest_bucket_has_the_most_tokens(name: str, size: tuple[int, int]) -> None:
+    config, folder = next((c, f) for found, c, f in shipped_configs() if found == name)
+    spec = MODELS[config.model.family]
+    assert largest_bucket(config, spec, folder) == size
+    reverse = replace(config, data=config.data[::-1])
+    assert largest_bucket(reverse, spec, folder) == size
+
+
+def test_buckets_are_those_that_images_are_brought_to() -> None:
+    config = config_named("sdxl-lora-12gb")
+    sizes = bucket_sizes(config, MODELS["sdxl"], MODEL_FOLDERS["sdxl"])
+    source = config.data[0]
+    made = make_buckets(
+        resolution=source.resolution,
+        resolution_type=source.resolution_type,
+        multiple=32,
+        max_aspect=source.max_aspect,
+    )
+    assert sizes == made.sizes and (768, 1440) in sizes
+    assert max(width * height for width, height in sizes) == 768 * 1440
 
 
 def test_fake_tensors_are_chunked_as_on_the_device_they_stand_for() -> None:

@@ -27,17 +27,13 @@ from benchmarks.static.models import config_named, model_folder
 from benchmarks.static.shrunk import write_shrunk
 from benchmarks.static.stand_in import Like, stand_in
 from fasttune.config import Config
-from fasttune.data.buckets import make_buckets
 from fasttune.device import Placement
 from fasttune.models import MODELS
 from fasttune.models.layers import Block, set_recompute
-from fasttune.models.weights import read_config
-from fasttune.rehearsal import random_batch, rehearse
+from fasttune.rehearsal import bucket_sizes, random_batch, rehearse
 
 VERSIONS = ("torch", "python")
 CONFIGS = ("flux-lora-32gb", "sdxl-lora-12gb", "sd1-lora-8gb", "sd2-lora-8gb", "quickstart")
-LATENT_SIDE = 8
-"""Pixels of an image to one of its latents."""
 SEQUENCES = ("flux",)
 """Families whose blocks see a sequence of tokens; those of a U-Net see height and width."""
 RANK = 2
@@ -69,16 +65,7 @@ class Case:
     @property
     def sizes(self) -> tuple[Size, ...]:
         """(width, height) in pixels of all buckets, as the run would make them."""
-        spec = MODELS[self.config.model.family]
-        multiple = spec.latent_multiple(read_config(self.folder, spec.denoiser_folder))
-        source = self.config.data[0]
-        return make_buckets(
-            resolution=source.resolution,
-            resolution_type=source.resolution_type,
-            multiple=multiple * LATENT_SIDE,
-            max_aspect=source.max_aspect,
-            aspect_buckets=source.aspect_buckets,
-        ).sizes
+        return bucket_sizes(self.config, MODELS[self.config.model.family], self.folder)
 
 
 def rows() -> Iterator[Row]:

@@ -2,7 +2,8 @@
 
 The step runs on fake tensors, so nothing is allocated and no GPU is needed, in the dtypes of a GPU with
 bf16. Memory is traced over two steps, as the first one makes the optimizer's state; FLOPs, bytes and
-launches are counted in a third. A step of several micro-batches is traced with two, which is where
+launches are counted in a third. Images have the size of the run's largest bucket, so that no batch of
+the run takes more. A step of several micro-batches is traced with two, which is where
 the peak is: the second finds the gradients of the first in place; costs are those of all.
 """
 
@@ -29,7 +30,7 @@ GIB = 2**30
 def rows() -> Iterator[Row]:
     for name, config, folder in shipped_configs():
         yield from rows_of(name, config, folder)
-    yield from rows_of(*_uncheckpointed(), memory_alone=True)
+    yield from rows_of(*_uncheckpointed(), size=(1024, 1024), memory_alone=True)
 
 
 def _uncheckpointed() -> tuple[str, Config, Path]:
@@ -41,25 +42,33 @@ def _uncheckpointed() -> tuple[str, Config, Path]:
 
 
 def rows_of(
-    name: str, config: Config, folder: Path, *, memory_alone: bool = False
+    name: str,
+    config: Config,
+    folder: Path,
+    *,
+    size: tuple[int, int] | None = None,
+    memory_alone: bool = False,
 ) -> Iterator[Row]:
-    """The rows of one run."""
-    with rehearsed(config, folder, micro_batches=2) as rehearsal:
+    """The rows of one run, at its largest bucket unless a (width, height) in pixels is given."""
+    with rehearsed(config, folder, micro_batches=2, size=size) as rehearsal:
         yield memory_row(name, rehearsal)
         if not memory_alone:
             costs = costs_of_a_step(rehearsal, config.train.gradient_accumulation)
-            yield flops_row(name, config, costs)
+            yield flops_row(name, rehearsal, costs)
             yield launches_row(name, costs)
 
 
 @contextmanager
-def rehearsed(config: Config, folder: Path, *, micro_batches: int) -> Iterator[Rehearsal]:
-    """A rehearsal on fake tensors, with at most so many micro-batches a step."""
+def rehearsed(
+    config: Config, folder: Path, *, micro_batches: int, size: tuple[int, int] | None = None
+) -> Iterator[Rehearsal]:
+    """A rehearsal on fake tensors, with at most so many micro-batches a step; `size` as `rehearse`."""
     count = min(config.train.gradient_accumulation, micro_batches)
     short = replace(config, train=replace(config.train, gradient_accumulation=count))
     kind = "cpu" if config.run.device == "cpu" else "cuda"
     with FakeTensorMode():
-        rehearsal = rehearse(short, folder, placement=gpu_placement(config), device_type=kind)
+        placement = gpu_placement(config)
+        rehearsal = rehearse(short, folder, placement=placement, device_type=kind, size=size)
         with as_on_gpu(rehearsal.denoiser) if kind == "cuda" else nullcontext():
             yield rehearsal
 
@@ -71,6 +80,7 @@ def memory_row(name: str, rehearsal: Rehearsal) -> Row:
     return {
         "gate": "memory",
         "case": name,
+        **_size(rehearsal),
         "peak_gib": gib(found.peak_bytes),
         **parts,
         "module": found.module,
@@ -87,9 +97,10 @@ def costs_of_a_step(rehearsal: Rehearsal, micro_batches: int) -> Costs:
     return first.costs.times(micro_batches) + last.costs
 
 
-def flops_row(name: str, config: Config, costs: Costs) -> Row:
-    """Work of a step, and the least time it can take on each card as eager PyTorch moves it."""
-    fp32 = gpu_placement(config).compute_dtype.itemsize == 4
+def flops_row(name: str, rehearsal: Rehearsal, costs: Costs) -> Row:
+    """Work of a step, and the time each card would take for it in eager PyTorch if nothing stayed in a
+    cache and every op ran at full rate."""
+    fp32 = rehearsal.placement.compute_dtype.itemsize == 4
     cards = {
         f"step_ms {name}": _digits(step_ms(costs.ops, card, "fp32" if fp32 else "bf16"))
         for name, card in load_cards().items()
@@ -97,6 +108,7 @@ def flops_row(name: str, config: Config, costs: Costs) -> Row:
     return {
         "gate": "flops",
         "case": name,
+        **_size(rehearsal),
         "tflop": _digits(costs.flops / 1e12, 8),
         "moved_gib": gib(costs.bytes),
         **cards,
@@ -110,6 +122,11 @@ def launches_row(name: str, costs: Costs) -> Row:
     total = costs.launches.total()
     assert total == sum(kinds.values())
     return {"gate": "launches", "case": f"{name}, eager", "launches": total, **kinds}
+
+
+def _size(rehearsal: Rehearsal) -> Row:
+    width, height = rehearsal.size
+    return {"width": width, "height": height}
 
 
 def gib(size: int) -> float:

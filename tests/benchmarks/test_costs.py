@@ -72,7 +72,8 @@ def test_flux_has_the_flops_of_the_arithmetic() -> None:
     """74.4 TFLOP a forward at 4096 + 512 tokens: 59.5 in linear layers, 14.9 in attention."""
     config = config_named("flux-lora-32gb")
     config = replace(config, memory=replace(config.memory, activations="save"))
-    with step.rehearsed(config, MODEL_FOLDERS["flux-dev"], micro_batches=1) as rehearsal:
+    folder, size = MODEL_FOLDERS["flux-dev"], (1024, 1024)
+    with step.rehearsed(config, folder, micro_batches=1, size=size) as rehearsal:
         generator = torch.Generator()
         with CountCosts() as count, torch.no_grad():
             rehearsal.forward.loss(rehearsal.batch, generator)
@@ -95,7 +96,8 @@ def rows_with(patch: Any = None) -> dict[str, Any]:
     (folder,) = [f for name, _, f in step.shipped_configs() if name == "quickstart"]
     with patch or nullcontext(), step.rehearsed(config, folder, micro_batches=1) as rehearsal:
         costs = step.costs_of_a_step(rehearsal, 1)
-    return {**step.flops_row("x", config, costs), **step.launches_row("x", costs)}
+        flops = step.flops_row("x", rehearsal, costs)
+    return {**flops, **step.launches_row("x", costs)}
 
 
 def test_a_planted_copy_and_a_planted_upcast_change_the_rows() -> None:
