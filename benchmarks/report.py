@@ -73,6 +73,7 @@ def render(results: Sequence[Path], expected: Path) -> str:
         recorded.roofline_times(gates.get("flops", {}), peaks, sizes),
         recorded.blocks(gates.get("blocks", {})),
         recorded.launches(gates.get("launches", {})),
+        recorded.compiled_launches(gates.get("compiled_launches", {})),
         *steps(reading.results),
         *kernels(reading.results, odd),
         measured.ratios(reading.results),

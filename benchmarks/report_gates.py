@@ -184,44 +184,53 @@ def _milliseconds(value: float) -> str:
 
 
 def launches(cases: Cases) -> Section:
-    """Two bars a config."""
-    pairs: dict[str, dict[str, Row]] = {}
-    for case, row in cases.items():
-        config, _, mode = case.rpartition(", ")
-        pairs.setdefault(config or case, {})[mode if config else ""] = row
-    rows, used = [], {}
-    for config, modes in pairs.items():
-        bars, texts = [], []
-        for mode, row in sorted(modes.items(), key=lambda item: item[0] != "eager"):
-            start, bar = 0.0, []
-            for colour, kind in enumerate(_KINDS):
-                count = number(row.get(kind))
-                if count is not None and count > 0:
-                    used[colour] = kind
-                    text = f"{config}, {mode}: {count:,.0f} {kind}"
-                    bar.append(Part(colour, start, start + count, text))
-                    start += count
-            if bar:
-                bars.append(bar)
-                texts.append(f"{start:,.0f} {mode}".strip())
-        rows.append(PlotRow(config, bars, "\n".join(texts)))
-    chart = rows_plot(
-        "Launches of one training step", rows, unit="launches", legend=sorted(used.items())
-    )
+    """A bar a config: operations of the eager step."""
+    chart = _by_kind("Operations of one eager training step", "operations", cases)
     return Section(
         "launches",
-        "Launches",
-        "Operations that start work on the device, by kind; of each config the eager step is above the "
-        "compiled one.",
+        "Launches of the eager step",
+        "Operations of PyTorch that start work on the device, by kind. An operation counts once, "
+        "however many kernels it takes.",
         _STATIC,
         charts=[chart] if chart else [],
         tables=[case_table("Numbers: launches", cases, first="case")] if cases else [],
     )
 
 
+def compiled_launches(cases: Cases) -> Section:
+    """A bar a config: kernels of the step with compiled blocks."""
+    chart = _by_kind("Kernels of one training step, blocks compiled", "kernels", cases)
+    return Section(
+        "compiled-launches",
+        "Launches with compiled blocks",
+        "Kernels that Inductor schedules for the blocks, by kind, and operations around them. A kernel "
+        "may hold many operations, and an operation take several kernels: these are not the units of "
+        "the eager step's launches, and the difference of the two is no saving.",
+        _STATIC,
+        charts=[chart] if chart else [],
+        tables=[case_table("Numbers: compiled launches", cases, first="case")] if cases else [],
+    )
+
+
+def _by_kind(title: str, unit: str, cases: Cases) -> str | None:
+    """Stacked bars of launches."""
+    rows, used = [], {}
+    for case, row in cases.items():
+        start, bar = 0.0, []
+        for colour, kind in enumerate(_KINDS):
+            count = number(row.get(kind))
+            if count is not None and count > 0:
+                used[colour] = kind
+                text = f"{case}: {count:,.0f} {kind}"
+                bar.append(Part(colour, start, start + count, text))
+                start += count
+        rows.append(PlotRow(case, [bar] if bar else [], f"{start:,.0f}" if bar else ""))
+    return rows_plot(title, rows, unit=unit, legend=sorted(used.items()))
+
+
 def other_gates(gates: Mapping[str, Cases], versions: Mapping[str, str]) -> Section:
     """Tables of the gates that have no plot."""
-    plotted = {"memory", "blocks", "flops", "launches"}
+    plotted = {"memory", "blocks", "flops", "launches", "compiled_launches"}
     made = ", ".join(f"{name} {version}" for name, version in versions.items())
     return Section(
         "gates",

@@ -116,7 +116,7 @@ def flops_row(name: str, rehearsal: Rehearsal, costs: Costs) -> Row:
 
 
 def launches_row(name: str, costs: Costs) -> Row:
-    """Launches of a step in eager PyTorch, by kind."""
+    """Operations of a step in eager PyTorch that launch something, by kind."""
     kinds = {kind: costs.launches[kind] for kind in ("gemm", "attention", "custom")}
     kinds |= {kind: costs.launches[kind] for kind in ("pointwise", "copy")}
     total = costs.launches.total()

@@ -1,9 +1,12 @@
-"""Gate launches, compiled: kernels of a training step whose blocks are compiled, by kind.
+"""Gate compiled_launches: kernels of a training step whose blocks are compiled, by kind.
 
 A step of each config at its real size is followed once to see which blocks it calls with what; each
 different call is compiled as far as its schedule, forward and backward, and multiplied by how often it
 occurs. What runs outside of the blocks runs op by op, and is counted with the blocks left out. Bytes
 are those that the kernels read and write.
+
+A kernel of Inductor's is one launch here, an operation of torch one in gate launches, which may take
+several kernels. The numbers of the two gates are in different units and are not compared.
 """
 
 from collections import Counter

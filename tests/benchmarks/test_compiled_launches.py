@@ -21,10 +21,10 @@ with warnings.catch_warnings():
     from torch._inductor.runtime.hints import DeviceProperties
 
     from benchmarks.static import schedule
-from benchmarks.static import launches
+from benchmarks.static import compiled_launches
 from benchmarks.static.costs import CountCosts
 from benchmarks.static.graphs import shrunk_case
-from benchmarks.static.launches import Call, row_of, schedule_of
+from benchmarks.static.compiled_launches import Call, row_of, schedule_of
 from benchmarks.static.stand_in import Like, stand_in
 from benchmarks.static.step import costs_of_a_step, rehearsed
 from fasttune.models.flux import Projections, SingleBlock
@@ -120,7 +120,7 @@ def test_a_step_with_compiled_blocks_multiplies_products_by_what_runs() -> None:
     # two single blocks, each run forward twice and backward once
     assert config.memory.activations == "recompute"
     assert row["attention"] == eager["attention"] == 2 * 3
-    assert row["launches"] == sum(row[kind] for kind in launches.LAUNCHED)
+    assert row["launches"] == sum(row[kind] for kind in compiled_launches.LAUNCHED)
     assert row["gemm"] == eager["gemm"]
     assert row["pointwise"] < eager["pointwise"]
     assert row["graphs"] == 2  # the first block takes inputs without gradients
