@@ -368,6 +368,5 @@ def test_a_loop_that_is_five_percent_slower_is_caught(tmp_path: Path) -> None:
         capture_output=True,
         check=False,
     )
-    print(done.stdout)
     assert done.returncode == 1, done.stdout + done.stderr
     assert "past the limit, in both series: step_cpu_ms" in done.stdout
