@@ -154,7 +154,7 @@ def roofline_times(cases: Cases, peaks: Cases, memory_gib: Mapping[str, float]) 
         rows = [[Cell(c), *(cell(c, row, card) for card in cards)] for c, row in cases.items()]
         tables.append(
             Table(
-                "Least step time in ms",
+                "Step time at full rate in ms",
                 ["config", *(card.removeprefix(prefix) for card in cards)],
                 rows,
                 is_open=True,
@@ -171,9 +171,10 @@ def roofline_times(cases: Cases, peaks: Cases, memory_gib: Mapping[str, float]) 
     return Section(
         "roofline",
         "Roofline step time",
-        "The least time a training step can take on each card: every operation at the card's peak rate or "
-        "bandwidth, whichever is slower, as eager PyTorch moves the bytes. A bound from data sheets, not a "
-        "measurement; real steps are slower.",
+        "The eager step on each card if nothing stayed in a cache and every operation ran at the full rate "
+        "or bandwidth of the data sheet, whichever takes longer. Not a measurement and no bound: fused "
+        "kernels and caches can beat it, launches and inefficiency make it slower. Convolutions in fp32 "
+        "are taken at the fp32 rate; cuDNN runs them in TF32 by default, which is faster.",
         _STATIC,
         tables=tables,
     )

@@ -1,9 +1,11 @@
-"""What the cards of gpus.toml can do at most, and how long a step takes there at least.
+"""What the cards of gpus.toml can do at most, and how long given ops take at that rate.
 
 An op takes as long as its arithmetic at the card's dense rate or its memory traffic at the card's
-bandwidth, whichever is longer; a step takes the sum over its ops. That is a lower bound: nothing
-reaches its full rate, launches and gaps cost time, and traffic that stays in a cache makes an op
-faster only where the caller has left it out. [Williams, Waterman, Patterson, "Roofline", 2009]
+bandwidth, whichever is longer; a step takes the sum over its ops. That bounds a step from below only
+for the traffic that it really has: of the ops of eager PyTorch it is the eager step if nothing stayed
+in a cache and every op ran at full rate. Fused kernels and caches can beat that; launches, gaps and
+inefficiency make it slower. fp32 is the rate without TF32, in which cuDNN runs fp32 convolutions by
+default. [Williams, Waterman, Patterson, "Roofline", 2009]
 """
 
 import tomllib
@@ -128,14 +130,14 @@ class OpCost:
 
 
 def op_ms(op: OpCost, card: Card, dtype: str | None = None) -> float:
-    """Lower bound of an op's time; `dtype` as in `step_ms`."""
+    """An op's time at full rate; `dtype` as in `step_ms`."""
     computed_in = dtype if dtype is not None and op.dtype in SIXTEEN_BIT else op.dtype
     memory_ms = op.bytes / card.bandwidth_gb_per_s * 1e-6
     return max(op.flops / card.rate(computed_in) * 1e-9, memory_ms) if op.flops else memory_ms
 
 
 def step_ms(ops: Iterable[OpCost], card: Card, dtype: str | None = None) -> float:
-    """Lower bound of the time of ops that run one after another.
+    """Time of ops that run one after another, each at full rate and with all its bytes from memory.
 
     With `dtype`, ops of 16 bits compute at its rate instead, on the same bytes: "fp16" for a card without
     bf16, "int8" or "fp8" for quantized products. HardwareError if the card lacks a dtype."""
