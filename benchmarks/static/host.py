@@ -175,8 +175,8 @@ def count(function: Callable[[], object]) -> Row:
 
 
 def config_row(folder: Path) -> Row:
-    """Of reading and checking a config of few keys, the second time in a process. A new key of the
-    config makes it a little longer, so that the counts are those of a key, rounded down."""
+    """Of reading and checking a config of few keys, the second time in a process, and the number of
+    keys there are: a new one makes it a little longer."""
     from fasttune.config_file import key_types, load_config
 
     path = folder / "config.toml"
@@ -186,8 +186,7 @@ def config_row(folder: Path) -> Row:
         load_config(path, ["optimizer.lr=1e-5"], check_files=False)
 
     load()
-    keys = len(key_types())
-    return {f"{name}_per_key": number // keys for name, number in count(load).items()}
+    return {**count(load), "config_keys": len(key_types())}
 
 
 def batch_row(folder: Path) -> Row:

@@ -61,15 +61,19 @@ def test_commands_import_nothing_heavy(rows: list[dict[str, Any]]) -> None:
 
 
 def test_counts_are_there(rows: list[dict[str, Any]]) -> None:
+    from fasttune.config_file import key_types
+
     assert len({row["case"] for row in rows}) == len(rows)
     counted = [row for row in rows if "instructions" in row]
     assert [row["case"] for row in counted] == [
+        "load a config",
         "batch of 4",
         "step, empty network",
         "step that logs, empty network",
     ]
     assert all(row["instructions"] > row["calls"] > 50 for row in counted)
-    assert counted[1]["instructions"] < counted[2]["instructions"]
+    assert counted[2]["instructions"] < counted[3]["instructions"]
+    assert counted[0]["config_keys"] == len(key_types())
 
 
 def test_a_planted_import_is_seen(tmp_path: Path, rows: list[dict[str, Any]]) -> None:
@@ -158,6 +162,18 @@ def test_more_work_a_batch_is_seen(tmp_path: Path) -> None:
     # The wrapper calls len twenty times and then the function itself.
     assert planted["calls"] == clean["calls"] + 21
     assert planted["instructions"] > clean["instructions"]
+
+
+def test_one_call_more_in_a_config_is_seen(tmp_path: Path) -> None:
+    from fasttune import config_file
+
+    clean = host.config_row(tmp_path)
+    source = "def planted(*args, **kwargs):\n    return before(*args, **kwargs)\n"
+    before = config_file.load_config
+    with mock.patch.object(config_file, "load_config", own(source, "planted", before=before)):
+        planted = host.config_row(tmp_path)
+    assert planted["calls"] == clean["calls"] + 1
+    assert planted["config_keys"] == clean["config_keys"]
 
 
 def test_more_work_a_step_is_seen(tmp_path: Path, rows: list[dict[str, Any]]) -> None:
