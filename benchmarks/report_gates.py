@@ -3,6 +3,8 @@
 import math
 from collections.abc import Mapping
 
+from markupsafe import Markup
+
 from benchmarks.harness import Row
 from benchmarks.report_page import Cell, Section, Table, case_table, exact
 from benchmarks.report_plots import (
@@ -213,7 +215,7 @@ def compiled_launches(cases: Cases) -> Section:
     )
 
 
-def _by_kind(title: str, unit: str, cases: Cases) -> str | None:
+def _by_kind(title: str, unit: str, cases: Cases) -> Markup | None:
     """Stacked bars of launches."""
     rows, used = [], {}
     for case, row in cases.items():

@@ -7,10 +7,17 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from benchmarks.static.models import CONFIG_FILES, MODEL_FOLDERS, config_named, shipped_configs
+from benchmarks.static.models import (
+    CONFIG_FILES,
+    MODEL_FOLDERS,
+    config_named,
+    model_folder,
+    shipped_configs,
+)
 from fasttune.config import Config
 from fasttune.data.buckets import make_buckets
 from fasttune.device import Placement, place
+from fasttune.errors import FasttuneError
 from fasttune.models import MODELS
 from fasttune.models.weights import read_config
 from fasttune.optim import chunks
@@ -116,6 +123,17 @@ def test_full_training_keeps_fp32_weights_on_a_gpu() -> None:
     placement = gpu_placement(config_named("sdxl-full-24gb"))
     assert (placement.base_dtype, placement.compute_dtype) == (torch.float32, torch.bfloat16)
     assert gpu_placement(config_named("tiny-sdxl")).compute_dtype == torch.float32
+
+
+def test_a_model_without_config_files_is_named(quickstart: Config) -> None:
+    other = replace(quickstart, model=replace(quickstart.model, path="someone/a-model"))
+    with pytest.raises(
+        FasttuneError, match=r"configs/mine\.toml.*someone/a-model.*FLUX\.1-schnell"
+    ):
+        model_folder("mine", other)
+    path = "black-forest-labs/FLUX.1-schnell"
+    schnell = replace(quickstart, model=replace(quickstart.model, path=path))
+    assert model_folder("mine", schnell) == MODEL_FOLDERS["flux-schnell"]
 
 
 def test_every_shipped_config_has_its_model() -> None:

@@ -27,6 +27,7 @@ from benchmarks.static import machine_code, nvrtc_offline, targets, triton_offli
 from benchmarks.static.compile_jobs import Job, results_of
 from benchmarks.static.targets import Resources
 from benchmarks.static.unlisted import entry_kernels
+from fasttune.errors import FasttuneError
 from fasttune_kernels.launch import CudaLaunch, Launch, launches
 
 VERSIONS = ("triton",)
@@ -194,11 +195,24 @@ def _readers() -> str:
 
 
 def read_allowed(path: Path) -> dict[tuple[str, str], str]:
-    """The exceptions. ValueError for an entry without its reason."""
+    """The exceptions. FasttuneError for what is no TOML, and for an entry without its reason."""
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise FasttuneError(f"{path}: no TOML: {error}") from error
+    entries = content.get("allowed", [])
+    if content.keys() - {"allowed"} or not isinstance(entries, list):
+        raise FasttuneError(f"{path}: expected [[allowed]] tables alone; found {content}")
     found = {}
-    for entry in tomllib.loads(path.read_text(encoding="utf-8")).get("allowed", []):
-        if set(entry) != {"case", "kind", "reason"} or not all(entry.values()):
-            raise ValueError(f"{path}: an entry has case, kind and reason; this one is {entry}")
+    for entry in entries:
+        if (
+            not isinstance(entry, dict)
+            or set(entry) != {"case", "kind", "reason"}
+            or not all(isinstance(value, str) and value for value in entry.values())
+        ):
+            raise FasttuneError(
+                f"{path}: an entry has case, kind and reason, all of them text; this one is {entry}"
+            )
         found[entry["case"], entry["kind"]] = entry["reason"]
     return found
 

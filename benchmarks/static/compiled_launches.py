@@ -41,7 +41,7 @@ CONFIGS = ("flux-lora-32gb", "sdxl-lora-12gb")
 def rows() -> Iterator[Row]:
     for name in CONFIGS:
         config = config_named(name)
-        yield row_of(name, config, model_folder(config))
+        yield row_of(name, config, model_folder(name, config))
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,6 +21,7 @@ from benchmarks.static.compile_jobs import Job, results_of
 from benchmarks.static.machine_code import matrix_class, read_amdgcn
 from benchmarks.static.targets import TARGETS, Resources, problems
 from benchmarks.static.unlisted import entry_kernels
+from fasttune.errors import FasttuneError
 from fasttune_kernels.launch import NVIDIA, CudaLaunch, Launch
 
 KERNELS = Path(__file__).with_name("codegen_kernels.py")
@@ -368,11 +369,25 @@ def test_a_compiler_that_dies_takes_one_result_along(tmp_path: Path) -> None:
     assert results_of(jobs[:1], tmp_path, 2) == ({"sound": FITS}, 1)
 
 
-def test_exceptions_need_their_reason(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('[[allowed]]\ncase = "a / sm_80"\nkind = "spill"\nreason = ""\n', "case, kind and reason"),
+        ('[[allowed]]\ncase = "a / sm_80"\nkind = "spill"\nreason = 3\n', "case, kind and reason"),
+        ('allowed = ["a / sm_80"]\n', "case, kind and reason"),
+        ('[allowed]\ncase = "a / sm_80"\n', "tables alone"),
+        ('[[alowed]]\ncase = "a / sm_80"\n', "tables alone"),
+        ("[[allowed\n", "no TOML"),
+    ],
+)
+def test_exceptions_need_their_reason(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "allowed.toml"
-    path.write_text('[[allowed]]\ncase = "a / sm_80"\nkind = "spill"\nreason = ""\n')
-    with pytest.raises(ValueError, match="case, kind and reason"):
+    path.write_text(text)
+    with pytest.raises(FasttuneError, match=message):
         codegen.read_allowed(path)
+
+
+def test_the_exceptions_of_the_tree_can_be_read() -> None:
     assert codegen.read_allowed(codegen.ALLOWED) is not None
 
 

@@ -96,6 +96,8 @@ def test_a_graph_break_is_counted(flux: Case, monkeypatch: pytest.MonkeyPatch, b
     row = graphs_row(flux, SIZES[:1])
     assert row["graph_breaks"] >= 1  # also of the functions around it
     assert row["buckets_recompiled"] == 0
+    assert f"graph_breaks {row['graph_breaks']}" in row["problem"]
+    assert "buckets_recompiled" not in row["problem"]
 
 
 def test_a_recompilation_in_one_bucket_is_counted(
@@ -114,6 +116,7 @@ def test_a_recompilation_in_one_bucket_is_counted(
     row = graphs_row(flux, SIZES)
     assert row["shapes_warmed"] == 2
     assert row["buckets_recompiled"] == row["buckets_recompiled_under_recompute"] == 1
+    assert "buckets_recompiled 1, buckets_recompiled_under_recompute 1; 0 wanted" in row["problem"]
 
 
 def test_a_limit_of_graphs_that_is_hit_in_silence_is_counted(
@@ -125,6 +128,7 @@ def test_a_limit_of_graphs_that_is_hit_in_silence_is_counted(
     # of two token counts the second finds no room, in both kinds of blocks
     assert (row["graphs"], row["graphs_of_one_kind"]) == (2, 1)
     assert row["eager_calls"] > 0
+    assert f"eager_calls {row['eager_calls']}" in row["problem"]
 
 
 def test_blocks_of_a_unet_have_one_graph_for_each_height_and_width() -> None:
@@ -141,6 +145,7 @@ def test_blocks_of_a_unet_have_one_graph_for_each_height_and_width() -> None:
     # the first transformer sees features that take no gradient: one graph more
     assert row["graphs_of_TransformerBlock"] == len(kinds) - resnets + 1
     assert row["buckets_recompiled"] == row["eager_calls"] == row["graph_breaks"] == 0
+    assert "problem" not in row
 
 
 @pytest.mark.parametrize(("model", "family"), [("flux-dev", "flux"), ("sdxl", "sdxl")])
