@@ -1,8 +1,8 @@
 """Training steps of a config without its weights and images.
 
 Under a `FakeTensorMode` a step of the real size needs neither memory nor a GPU, and says what the
-run will take; on a GPU the same steps run on random weights and can be timed. Everything but the
-values is the run's own: network, adapter, objective, optimizer, average and clipping.
+run will take; on a GPU the same steps run on random weights and can be timed. Network, adapter,
+objective, optimizer, average and clipping are the run's own; `random_batch` says what its batch is not.
 """
 
 from collections.abc import Iterator
