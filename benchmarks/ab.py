@@ -6,10 +6,10 @@ Suites: `loop` is the training loop on the CPU with a tiny network; `steps` are 
 size on a GPU. Both sides run the benchmarks of the working tree, on the code of their revision.
 
 Rounds are added until the 95 % interval of each ratio that has a limit is narrower than +- a third of
-the limit, or `--max-rounds` is reached (a rule that ends by the width makes the interval a little
-optimistic); benchmarks/verdicts.py has the rule. An alarm is measured again
-by a second series that shares no sample with the first, and fails the change only if that one says
-the same of the same metric. Exit status: 0 no limit passed (also if nothing could be decided: the
+the limit or lies wholly outside of it, or `--max-rounds` is reached (a rule that ends by the width
+makes the interval a little optimistic); benchmarks/verdicts.py has the rule. An alarm is measured
+again by a second series that shares no sample with the first, and fails the change only if that one
+says the same of the same metric. Exit status: 0 no limit passed (also if nothing could be decided: the
 table says so), 1 a limit passed twice, 2 a mistake in the arguments or a revision that cannot run.
 """
 

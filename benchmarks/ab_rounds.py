@@ -219,18 +219,18 @@ def series(
     max_rounds: int,
     progress: Callable[[list[Change], int], None] = lambda changes, wanted: None,
 ) -> list[Round]:
-    """Rounds until every interval that has a limit is narrow enough for it, `rounds` at the least
-    and `max_rounds` at most; both orders equally often.
+    """Rounds until every interval that has a limit is narrow enough for it or lies wholly outside of
+    it, `rounds` at the least and `max_rounds` at most; both orders equally often.
 
-    Only the width ends a series, never the ratio itself: looking again and again until a
-    difference shows would find one. `progress` gets the state and the rounds then expected.
+    A difference that merely shows ends no series: looking again and again until one does would find
+    one. `progress` gets the state and the rounds then expected.
     """
     done: list[Round] = []
     wanted = min(rounds + rounds % 2, max_rounds)
     while len(done) < wanted:
         done.append(run(len(done)))
         changes = judge(done)
-        if len(done) == wanted and not all(change.is_narrow for change in changes):
+        if len(done) == wanted and not all(change.is_settled for change in changes):
             wanted = min(wanted + 2, max_rounds)
         progress(changes, wanted)
     return done

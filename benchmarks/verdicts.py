@@ -114,9 +114,12 @@ class Change:
         return self.ratio.low == self.ratio.high
 
     @property
-    def is_narrow(self) -> bool:
-        """Whether the interval is narrow enough for a change of the limit's size to stand out."""
-        return self.limit is None or self.is_exact or self.ratio.half_width <= self.limit / 3
+    def is_settled(self) -> bool:
+        """Whether more rounds are of no use: the interval is narrow enough for a change of the
+        limit's size to stand out, or no part of it is within the limit, for better or worse."""
+        if self.limit is None or self.is_exact or self.ratio.half_width <= self.limit / 3:
+            return True
+        return self.cost.high < 1 - self.limit or self.cost.low > 1 + self.limit
 
     @property
     def outcome(self) -> Outcome:

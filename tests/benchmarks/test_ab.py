@@ -254,7 +254,7 @@ def test_steps_of_the_same_index_are_compared() -> None:
     assert judged(rounds_of(1.0, 0.003, 12))["step_ms"].outcome is Outcome.NOISE
 
 
-def test_rounds_are_added_until_the_interval_is_narrow() -> None:
+def test_rounds_are_added_until_the_interval_is_settled() -> None:
     rounds = rounds_of(1.0, 0.012, 60)
     counts: list[int] = []
 
@@ -264,10 +264,12 @@ def test_rounds_are_added_until_the_interval_is_narrow() -> None:
 
     done = series(rounds.__getitem__, judge, rounds=5, max_rounds=60)
     assert len(done) % 2 == 0 and 6 < len(done) < 60
-    assert judged(done)["step_ms"].is_narrow
-    assert not judged(done[:-2])["step_ms"].is_narrow
-    loud = rounds_of(1.0, 0.2, 10)
+    assert judged(done)["step_ms"].is_settled
+    assert not judged(done[:-2])["step_ms"].is_settled
+    loud = rounds_of(1.0, 0.2, 10, seed=1)
     assert len(series(loud.__getitem__, judge, rounds=4, max_rounds=9)) == 9
+    clear = rounds_of(1.4, 0.03, 10)
+    assert len(series(clear.__getitem__, judge, rounds=6, max_rounds=10)) == 6
     quiet = rounds_of(1.0, 0.001, 12)
     assert len(series(quiet.__getitem__, judge, rounds=7, max_rounds=12)) == 8  # an even number
 

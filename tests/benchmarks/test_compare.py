@@ -73,6 +73,22 @@ def test_exact_numbers_fail_beyond_the_limit(ratio: float, outcome: Outcome) -> 
     assert change(ratio, ratio, limit=0.0025, metric="peak_gib").outcome is outcome
 
 
+@pytest.mark.parametrize(
+    ("low", "high", "settled"),
+    [
+        (0.995, 1.014, True),  # narrow: +- 0.95 %
+        (0.99, 1.02, False),
+        (1.01, 1.06, False),
+        (1.031, 1.2, True),  # past the limit, however far
+        (0.7, 0.96, True),  # better, however much
+        (0.7, 0.98, False),
+    ],
+)
+def test_more_rounds_are_of_no_use(low: float, high: float, settled: bool) -> None:
+    assert change(low, high).is_settled is settled
+    assert change(low, high, limit=None).is_settled
+
+
 def test_without_a_limit_nothing_fails() -> None:
     outcomes = [change(*bounds, limit=None).outcome for bounds in ((2, 2), (1.5, 3), (0.5, 3))]
     assert outcomes == [Outcome.WORSE, Outcome.WORSE, Outcome.NOISE]
