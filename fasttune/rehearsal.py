@@ -19,6 +19,7 @@ from fasttune.data.buckets import make_buckets
 from fasttune.data.loader import Batch
 from fasttune.device import Placement, dtypes
 from fasttune.models import MODELS
+from fasttune.models.autoencoder import downscale
 from fasttune.models.layers import set_recompute
 from fasttune.models.spec import ModelSpec
 from fasttune.models.weights import build_on_meta, read_config, set_tensor
@@ -108,10 +109,10 @@ def rehearse(
 
 def bucket_sizes(config: Config, spec: ModelSpec, folder: Path) -> tuple[tuple[int, int], ...]:
     """(width, height) in pixels of the buckets of all sources, each once, as `prepare` makes them for a
-    model whose config files are in `folder` and whose latents have 1/8 of an image's size."""
+    model whose config files are in `folder`."""
     multiple = spec.latent_multiple(read_config(folder, spec.denoiser_folder))
     if spec.objective != "reconstruction":  # whose inputs are pixels
-        multiple *= PIXELS_PER_LATENT
+        multiple *= pixels_per_latent(folder)
     made = (
         make_buckets(
             resolution=source.resolution,
@@ -123,6 +124,14 @@ def bucket_sizes(config: Config, spec: ModelSpec, folder: Path) -> tuple[tuple[i
         for source in config.data
     )
     return tuple(dict.fromkeys(size for buckets in made for size in buckets.sizes))
+
+
+def pixels_per_latent(folder: Path) -> int:
+    """Side in pixels of what becomes one latent: by vae/config.json, or that of the released models
+    where the folder has none."""
+    if not (folder / "vae" / "config.json").is_file():
+        return PIXELS_PER_LATENT
+    return downscale(read_config(folder, "vae"))
 
 
 def largest_bucket(config: Config, spec: ModelSpec, folder: Path) -> tuple[int, int]:
@@ -189,7 +198,12 @@ def random_batch(
     "sample", its latents have no deviation. Its loader keeps further batches on the device."""
     width, height = size
     count, device = config.train.batch_size, placement.device
-    shapes = spec.input_shapes(read_config(folder, spec.denoiser_folder), width, height)
+    # The specs' shapes are those of the released autoencoders.
+    scale = PIXELS_PER_LATENT // pixels_per_latent(folder)
+    if spec.objective == "reconstruction":
+        scale = 1
+    model_config = read_config(folder, spec.denoiser_folder)
+    shapes = spec.input_shapes(model_config, width * scale, height * scale)
     latents = torch.randn(count, *shapes.pop("latents"), device=device)
     conditions = {
         name: torch.randn(count, *shape, device=device, dtype=placement.compute_dtype)

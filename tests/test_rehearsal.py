@@ -183,3 +183,9 @@ def test_input_shapes(name: str, family: str, expected: dict[str, tuple[int, ...
     spec = MODELS[family]
     config = read_config(MODEL_FOLDERS[name], spec.denoiser_folder)
     assert spec.input_shapes(config, 1024, 768) == expected
+
+
+def test_latents_are_as_large_as_the_autoencoder_makes_them(quickstart: Config) -> None:
+    # 96 pixels, of which 4 x 4 are a latent; the released autoencoders have 8 x 8
+    rehearsal = rehearse(quickstart, QUICKSTART, placement=cpu(quickstart))
+    assert rehearsal.batch.latent_mean.shape == (2, 4, 24, 24)

@@ -93,7 +93,8 @@ def parse(text: str, origin: str) -> Expectation:
     """FasttuneError for a file that is not an expectation."""
     try:
         found = json.loads(text)
-        return Expectation(found["versions"], found["gates"], found["depends"])
+        # Without "depends", as the first states of the file are, any version counts.
+        return Expectation(found["versions"], found["gates"], found.get("depends", {}))
     except (ValueError, KeyError, TypeError) as error:
         raise FasttuneError(
             f"{origin} is no expectation ({error!r}); restore it with `git checkout {origin}`, or "

@@ -22,9 +22,9 @@ with warnings.catch_warnings():
 
     from benchmarks.static import schedule
 from benchmarks.static import compiled_launches
+from benchmarks.static.compiled_launches import Call, row_of, schedule_of
 from benchmarks.static.costs import CountCosts
 from benchmarks.static.graphs import shrunk_case
-from benchmarks.static.compiled_launches import Call, row_of, schedule_of
 from benchmarks.static.stand_in import Like, stand_in
 from benchmarks.static.step import costs_of_a_step, rehearsed
 from fasttune.models.flux import Projections, SingleBlock
