@@ -135,15 +135,19 @@ def copy_code(source: Path, target: Path) -> None:
         shutil.copytree(source, target, ignore=NOT_COPIED)
 
 
-def search_path(harness: Path, tree: Path, inherited: str = "") -> str:
-    """PYTHONPATH of a side's processes: `benchmarks` of the harness, the rest of the tree.
+def search_path(harness: Path, tree: Path, inherited: str = "", root: Path = ROOT) -> str:
+    """PYTHONPATH of a side's processes: `benchmarks` of the harness, the rest of the tree, and what
+    of the `inherited` one is not the working tree, whose packages an older tree may lack.
 
     It goes before site-packages, and with it before an editable install of the project; processes
     say what they have imported all the same, see benchmarks/ab_child.py.
     """
-    return os.pathsep.join(
-        filter(None, [str(harness), str(tree), str(tree / "kernels"), inherited])
-    )
+    others = [
+        entry
+        for entry in inherited.split(os.pathsep)
+        if entry and not Path(entry).resolve().is_relative_to(root.resolve())
+    ]
+    return os.pathsep.join([str(harness), str(tree), str(tree / "kernels"), *others])
 
 
 def git(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:

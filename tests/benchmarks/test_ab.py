@@ -192,6 +192,13 @@ def test_another_install_that_wins_is_found_out(
         run_round(beside, fake(tmp_path / "order", in_turns=True), 0)
 
 
+def test_the_working_tree_is_not_on_the_path(repository: Path, tmp_path: Path) -> None:
+    inherited = os.pathsep.join([str(repository / "kernels"), str(tmp_path / "wheels"), ""])
+    path = revisions.search_path(tmp_path / "h", tmp_path / "t", inherited, repository)
+    names = ("h", "t", "t/kernels", "wheels")
+    assert path.split(os.pathsep) == [str(tmp_path / name) for name in names]
+
+
 def test_a_base_that_cannot_run_is_named(beside: Beside, tmp_path: Path) -> None:
     (beside.base.tree / "fasttune" / "__init__.py").write_text("")  # no NAME
     with pytest.raises(RevisionError) as caught:
