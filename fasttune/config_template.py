@@ -7,7 +7,8 @@ The rules, all of them arithmetic on the number of parameters P of the trained n
   factored moments cost next to nothing.
 - A fifth of the card is left to activations, text embeddings, the allocator and the driver. What
   does not fit into the rest is refused. SDXL at 1024 x 1024 recomputed needs 0.74 GiB an image
-  beside weights and gradients (benchmarks/step_memory.py), so its full fine-tuning fits into 24 GiB.
+  beside weights and gradients (gate memory of `fasttune bench static`), so that its full
+  fine-tuning fits into 24 GiB.
   bf16 weights would halve the 8P, but rounding to them loses the updates of a learning rate like
   1e-5.
 - Micro-batches of 2 where the above takes under a quarter of the card, of 4 under an eighth.

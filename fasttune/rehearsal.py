@@ -7,7 +7,7 @@ objective, optimizer, average and clipping are the run's own; `random_batch` say
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -221,8 +221,3 @@ def random_batch(
         paths=[],
         micro_batch=0,
     )
-
-
-def with_batch_size(config: Config, batch_size: int) -> Config:
-    """The same run with other micro-batches."""
-    return replace(config, train=replace(config.train, batch_size=batch_size))
