@@ -2,6 +2,7 @@
 
 import importlib.util
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,6 +13,9 @@ import pytest
 from PIL import Image
 
 ROOT = Path(__file__).parents[1]
+
+# Before triton is imported: its kernels run on the CPU in every test.
+os.environ["TRITON_INTERPRET"] = "1"
 
 
 def load_module(path: Path) -> ModuleType:

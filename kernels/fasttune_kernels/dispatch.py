@@ -1,0 +1,62 @@
+"""Which implementation of an operation runs: decided per call, from where its tensors are.
+
+An operation is one custom op with one schema. Its body asks `runs_triton(x)` and launches a kernel, or
+computes the same with PyTorch and the same saved tensors. Inside a compiled graph the op is opaque, so
+the question is never part of a graph.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fasttune_kernels.jit import HAS_TRITON
+
+Backend = Literal["triton", "torch"]
+
+_forced: Backend | None = None
+
+
+@contextmanager
+def forced(backend: Backend) -> Iterator[None]:
+    """Inside, every operation runs this implementation: for tests, which run Triton's interpreter on CPU
+    tensors, and for benchmarks. Holds for all threads, as backwards run in one of their own."""
+    global _forced
+    before = _forced
+    _forced = backend
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def runs_triton(x: Tensor) -> bool:
+    """Whether an operation on `x` launches its Triton kernel: on NVIDIA and AMD GPUs."""
+    if _forced is not None:
+        return _forced == "triton"
+    return HAS_TRITON and x.is_cuda
+
+
+def arch(device: torch.device) -> str:
+    """The target that launch configs are chosen by: "sm_89", "gfx1100". Off a GPU "sm_80", whose
+    configs are the smallest of NVIDIA's, for the interpreter."""
+    return _arch(device.index or 0) if device.type == "cuda" else "sm_80"
+
+
+@cache
+def _arch(index: int) -> str:
+    properties = torch.cuda.get_device_properties(index)
+    if torch.version.hip is not None:
+        return properties.gcnArchName.partition(":")[0]
+    return f"sm_{properties.major}{properties.minor}"
+
+
+@cache
+def num_processors(device: torch.device) -> int:
+    """Streaming multiprocessors or compute units of a GPU; 4 elsewhere, for the interpreter."""
+    if device.type != "cuda":
+        return 4
+    return torch.cuda.get_device_properties(device).multi_processor_count
