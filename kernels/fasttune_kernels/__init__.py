@@ -4,5 +4,7 @@ Networks call these and never a backend: which kernel runs is decided here, by d
 """
 
 from fasttune_kernels.attention import attention
+from fasttune_kernels.geglu import geglu
+from fasttune_kernels.gelu_tanh import gelu_tanh
 
-__all__ = ["attention"]
+__all__ = ["attention", "geglu", "gelu_tanh"]
