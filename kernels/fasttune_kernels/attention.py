@@ -1,24 +1,205 @@
 """Softmax attention, dispatched to a backend.
 
-The layout is (B, L, H, D), which is how a Linear leaves its output: heads are split by a view and
-merged by a view, and no backend is forced on the caller.
+The layout is (B, L, H, E), which is how a Linear leaves its output: heads are split by a view and
+merged by a view, and no backend is forced on the caller. Saved for the backward are q, k, v, the
+output and the logarithm of the softmax's denominator; probabilities are recomputed.
 
-B batch, L query tokens, S key tokens, H heads, D head width.
+B batch, L query tokens, S key tokens, H heads, E head width.
 """
 
-import torch.nn.functional as F
+import math
+
+import torch
 from torch import Tensor
+
+_SCORES_BYTES = 128 << 20
+"""Of one block of scores where they are materialised: Flux at 4608 tokens would have 1.9 GiB."""
+
+aten = torch.ops.aten
+
+
+def attention_ref(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The definition: softmax(q k^T / sqrt(E)) v and the scores' logsumexp (B, H, L).
+
+    q (B, L, H, E), k and v (B, S, H, E), mask (B, S) bool, True for the keys that are attended to.
+    """
+    scores = torch.einsum("blhe,bshe->bhls", q, k) / math.sqrt(q.shape[-1])
+    if mask is not None:
+        scores = scores.masked_fill(~mask[:, None, None, :], -math.inf)
+    return torch.einsum("bhls,bshe->blhe", scores.softmax(-1), v), scores.logsumexp(-1)
+
+
+def _heads_first(x: Tensor) -> Tensor:
+    return x.transpose(1, 2)  # (B, L, H, E) -> (B, H, L, E), a view
+
+
+def _accumulator(q: Tensor) -> torch.dtype:
+    return torch.float64 if q.dtype == torch.float64 else torch.float32
+
+
+def _bias(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """(B, S) bool -> what is added to the scores, (B, 1, 1, S)."""
+    if mask is None:
+        return None
+    bias = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
+    return bias.masked_fill_(~mask, -math.inf)[:, None, None, :]
+
+
+def _blocks(q: Tensor, k: Tensor) -> range:
+    """Starts of blocks of queries whose scores fit _SCORES_BYTES; its step is their length."""
+    row = q.shape[0] * q.shape[2] * k.shape[1] * 4
+    return range(0, q.shape[1], max(_SCORES_BYTES // max(row, 1), 1))
+
+
+def _math_forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Block by block of queries, products and softmax in float32: where there is no fused op."""
+    wide = _accumulator(q)
+    bias = _bias(mask, wide)
+    keys = _heads_first(k).to(wide).transpose(-2, -1)  # (B, H, E, S)
+    values = _heads_first(v).to(wide)
+    out = q.new_empty(q.shape)
+    lse = q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=wide)
+    blocks = _blocks(q, k)
+    for start in blocks:
+        rows = slice(start, start + blocks.step)
+        scores = (_heads_first(q[:, rows]).to(wide) * q.shape[-1] ** -0.5) @ keys
+        if bias is not None:
+            scores += bias
+        lse[:, :, rows] = scores.logsumexp(-1)
+        p = scores.sub_(lse[:, :, rows, None]).exp_()
+        out[:, rows] = _heads_first(p @ values)
+    return out, lse
+
+
+def _math_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    wide, scale = _accumulator(q), q.shape[-1] ** -0.5
+    bias = _bias(mask, wide)
+    keys, values = _heads_first(k).to(wide), _heads_first(v).to(wide)
+    dq = q.new_empty(q.shape)
+    dkeys, dvalues = torch.zeros_like(keys), torch.zeros_like(values)
+    blocks = _blocks(q, k)
+    for start in blocks:
+        rows = slice(start, start + blocks.step)
+        queries = _heads_first(q[:, rows]).to(wide) * scale
+        d = _heads_first(dout[:, rows]).to(wide)
+        scores = queries @ keys.transpose(-2, -1)
+        if bias is not None:
+            scores += bias
+        p = scores.sub_(lse[:, :, rows, None]).exp_()
+        dvalues += p.transpose(-2, -1) @ d
+        # d softmax: dS = P (dP - rowsum(dP P)), and rowsum(dP P) = rowsum(dO O)
+        delta = (d * _heads_first(out[:, rows])).sum(-1, keepdim=True)
+        ds = (d @ values.transpose(-2, -1)).sub_(delta).mul_(p)
+        dq[:, rows] = _heads_first((ds @ keys) * scale)
+        dkeys += ds.transpose(-2, -1) @ queries
+    dk, dv = (_heads_first(g).to(q.dtype).contiguous() for g in (dkeys, dvalues))
+    return dq, dk, dv
+
+
+def _cpu_forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    out, lse = aten._scaled_dot_product_flash_attention_for_cpu(
+        *map(_heads_first, (q, k, v)), attn_mask=_bias(mask, q.dtype)
+    )
+    return _heads_first(out).contiguous(), lse.contiguous()
+
+
+def _cpu_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    dq, dk, dv = aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        *map(_heads_first, (dout, q, k, v, out)),
+        lse,
+        0.0,
+        False,
+        attn_mask=_bias(mask, q.dtype),
+    )
+    return tuple(_heads_first(g).contiguous() for g in (dq, dk, dv))  # type: ignore[return-value]
+
+
+def _backend(q: Tensor, k: Tensor, mask: Tensor | None) -> str:
+    empty = q.numel() == 0 or k.numel() == 0
+    return "cpu" if q.device.type == "cpu" and not empty else "math"
+
+
+@torch.library.custom_op("fasttune::attention_forward", mutates_args=())
+def attention_forward(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """-> (out (B, L, H, E) contiguous, lse (B, H, L) float32; float64 of float64)."""
+    forward = _cpu_forward if _backend(q, k, mask) == "cpu" else _math_forward
+    return forward(q, k, v, mask)
+
+
+@torch.library.custom_op("fasttune::attention_backward", mutates_args=())
+def attention_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """-> (dq, dk, dv), contiguous, of the shapes of q, k and v."""
+    backward = _cpu_backward if _backend(q, k, mask) == "cpu" else _math_backward
+    return backward(dout, q, k, v, out, lse, mask)
+
+
+@attention_forward.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    B, L, H, _ = q.shape
+    return q.new_empty(q.shape), q.new_empty((B, H, L), dtype=_accumulator(q))
+
+
+@attention_backward.register_fake
+def _(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _setup_context(
+    ctx: torch.autograd.function.FunctionCtx,
+    inputs: tuple[Tensor, Tensor, Tensor, Tensor | None],
+    output: tuple[Tensor, Tensor],
+) -> None:
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(*inputs[:3], *output, inputs[3])  # type: ignore[arg-type]
+
+
+def _backward(
+    ctx: torch.autograd.function.BackwardCFunction, dout: Tensor, dlse: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, None]:
+    return *attention_backward(dout, *ctx.saved_tensors), None
+
+
+attention_forward.register_autograd(_backward, setup_context=_setup_context)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """softmax(q k^T / sqrt(D)) v, per head.
+    """softmax(q k^T / sqrt(E)) v, per head.
 
-    q is (B, L, H, D); k and v are (B, S, H, D); mask is (B, S) bool, True for the keys that are
-    attended to, and every row of it needs one True. Returns (B, L, H, D) in q's dtype; scores and
-    softmax are accumulated in float32 by the fused backends.
+    q is (B, L, H, E); k and v are (B, S, H, E); mask is (B, S) bool, True for the keys that are
+    attended to, and every row of it needs one True. Returns (B, L, H, E) in q's dtype, contiguous;
+    scores and softmax are accumulated in float32. ValueError for other shapes and dtypes.
     """
-    bias = None if mask is None else mask[:, None, None, :]
-    out = F.scaled_dot_product_attention(
-        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=bias
-    )
-    return out.transpose(1, 2)
+    _check(q, k, v, mask)
+    return attention_forward(q, k, v, mask)[0]
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
+    if q.dim() != 4 or k.dim() != 4 or k.shape != v.shape:
+        raise ValueError(
+            f"q (B, L, H, E), k and v (B, S, H, E) expected, not {tuple(q.shape)}, "
+            f"{tuple(k.shape)}, {tuple(v.shape)}"
+        )
+    if (q.shape[0], *q.shape[2:]) != (k.shape[0], *k.shape[2:]):
+        raise ValueError(
+            f"q {tuple(q.shape)} and k {tuple(k.shape)} differ in batch, heads or head width"
+        )
+    if not q.dtype == k.dtype == v.dtype or not q.is_floating_point():
+        raise ValueError(
+            f"q, k and v of one floating dtype expected, not {q.dtype}, {k.dtype}, {v.dtype}"
+        )
+    if mask is not None and (mask.dtype != torch.bool or mask.shape != k.shape[:2]):
+        raise ValueError(
+            f"a bool mask of {tuple(k.shape[:2])}, not {mask.dtype} of {tuple(mask.shape)}"
+        )
