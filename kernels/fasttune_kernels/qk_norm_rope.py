@@ -1,0 +1,308 @@
+"""RMSNorm per head and rotary position embedding of queries and keys, from where the projection left
+them, into where attention reads them.
+
+    q, k, v = qkv.unbind(2)                       q_hat = q / sqrt(mean(q^2) + eps) * weight
+    pair i of q turned by its token's angle i     (a, b) -> (a cos - b sin, a sin + b cos)
+
+Text tokens, which have a projection and weights of their own, come from a second buffer and go in
+front of the image's: nothing is concatenated. The backward computes the statistics again and writes
+into the projection's gradient, so that the raw qkv is all that is kept; composed of single operations,
+the normalised q and k are kept too.
+
+B batch, N image tokens, T text tokens, H heads, E head width.
+
+Source: https://arxiv.org/abs/2104.09864 (rotary), https://arxiv.org/abs/1910.07467 (RMSNorm)
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+
+Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def qk_norm_rope_ref(
+    qkv: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    *,
+    text_qkv: Tensor | None = None,
+    text_q_weight: Tensor | None = None,
+    text_k_weight: Tensor | None = None,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v (B, T + N, H, E) in float32, or float64 if that is given."""
+
+    def normed(x: Tensor, weight: Tensor) -> Tensor:
+        x = x if x.dtype is torch.float64 else x.float()
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
+
+    def turned(x: Tensor) -> Tensor:
+        a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
+        pairs = torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1)
+        return pairs.flatten(-2)
+
+    cos, sin = cos[:, None], sin[:, None]
+    q, k, v = qkv.unbind(2)
+    q, k = normed(q, q_weight), normed(k, k_weight)
+    if text_qkv is not None and text_q_weight is not None and text_k_weight is not None:
+        text_q, text_k, text_v = text_qkv.unbind(2)
+        q = torch.cat([normed(text_q, text_q_weight), q], dim=1)
+        k = torch.cat([normed(text_k, text_k_weight), k], dim=1)
+        v = torch.cat([text_v, v], dim=1)
+    return turned(q), turned(k), v.to(q.dtype)
+
+
+@torch.library.custom_op("fasttune::qk_norm_rope_forward", mutates_args=())
+def qk_norm_rope_forward(
+    qkv: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    text_qkv: Tensor | None,
+    text_q_weight: Tensor | None,
+    text_k_weight: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v, each (B, T + N, H, E) and contiguous, text tokens first. Without text v is empty (0):
+    the caller has it, qkv[:, :, 2]."""
+    q, k, v = _empty_outputs(qkv, text_qkv)
+    for x, weights, tokens in _sources(
+        qkv, q_weight, k_weight, text_qkv, text_q_weight, text_k_weight
+    ):
+        rotation = torch.complex(cos[tokens], sin[tokens])[:, None]
+        for slot, out in enumerate((q, k)):
+            _norm_rotate(x[:, :, slot], weights[slot], rotation, eps, out[:, tokens])
+        if text_qkv is not None:
+            v[:, tokens].copy_(x[:, :, 2])
+    return q, k, v
+
+
+@torch.library.custom_op("fasttune::qk_norm_rope_backward", mutates_args=())
+def qk_norm_rope_backward(
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor | None,
+    qkv: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    text_qkv: Tensor | None,
+    text_q_weight: Tensor | None,
+    text_k_weight: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    eps: float,
+    wants_weights: bool,
+) -> Gradients:
+    """dq, dk, dv (B, T + N, H, E), any strides; None stands for a dv of zeros. Returns dqkv and
+    dtext_qkv, contiguous, and the gradients of q_weight, k_weight, text_q_weight and text_k_weight,
+    (E,) float32. What is not wanted, or is text without text, is empty (0)."""
+    gradients = _empty_gradients(qkv, text_qkv, wants_weights)
+    dqkv, dtext_qkv, *dweights = gradients
+    for x, weights, tokens in _sources(
+        qkv, q_weight, k_weight, text_qkv, text_q_weight, text_k_weight
+    ):
+        is_text = x is text_qkv
+        dx = dtext_qkv if is_text else dqkv
+        rotation = torch.complex(cos[tokens], -sin[tokens])[:, None]
+        for slot, dy in enumerate((dq, dk)):
+            dweight = dweights[slot + 2 * is_text]
+            _norm_rotate_backward(
+                dy[:, tokens], x[:, :, slot], weights[slot], rotation, eps, dx[:, :, slot], dweight
+            )
+        if dv is None:
+            dx[:, :, 2].zero_()
+        else:
+            dx[:, :, 2].copy_(dv[:, tokens])
+    return gradients
+
+
+def _sources(
+    qkv: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    text_qkv: Tensor | None,
+    text_q_weight: Tensor | None,
+    text_k_weight: Tensor | None,
+) -> list[tuple[Tensor, tuple[Tensor, Tensor], slice]]:
+    """Each buffer with its weights and the tokens that it has of the outputs."""
+    num_text = 0 if text_qkv is None else text_qkv.shape[1]
+    sources = [(qkv, (q_weight, k_weight), slice(num_text, None))]
+    if text_qkv is not None and text_q_weight is not None and text_k_weight is not None:
+        sources.append((text_qkv, (text_q_weight, text_k_weight), slice(0, num_text)))
+    return sources
+
+
+def _rstd(x: Tensor, eps: float) -> Tensor:
+    """(..., 1), in float32 at least; the norm squares bfloat16 without a float32 copy of it."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=dtype)
+    return (norm.square_() / x.shape[-1]).add_(eps).rsqrt_()
+
+
+def _turn_(x: Tensor, rotation: Tensor) -> Tensor:
+    """Neighbouring pairs are complex numbers, whose product is the rotation: one pass, in place."""
+    torch.view_as_complex(x.unflatten(-1, (-1, 2))).mul_(rotation)
+    return x
+
+
+def _norm_rotate(x: Tensor, weight: Tensor, rotation: Tensor, eps: float, out: Tensor) -> None:
+    y = torch.empty(x.shape, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+    torch.mul(x, _rstd(x, eps), out=y).mul_(weight)
+    out.copy_(_turn_(y, rotation))
+
+
+def _norm_rotate_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, rotation: Tensor, eps: float, dx: Tensor, dweight: Tensor
+) -> None:
+    """Writes dx, and dweight unless it is empty."""
+    rstd = _rstd(x, eps)
+    dz = torch.empty(dy.shape, dtype=rstd.dtype, device=dy.device).copy_(dy)
+    _turn_(dz, rotation)
+    x_hat = x * rstd
+    product = dz * x_hat
+    if dweight.numel():
+        torch.sum(product, (0, 1, 2), out=dweight)
+    mean = product.mul_(weight).mean(-1, keepdim=True)
+    dx.copy_(dz.mul_(weight).addcmul_(x_hat, mean, value=-1).mul_(rstd))
+
+
+def _empty_outputs(qkv: Tensor, text_qkv: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    batch, num_tokens, _, *head = qkv.shape
+    if text_qkv is not None:
+        num_tokens += text_qkv.shape[1]
+    q, k = (qkv.new_empty((batch, num_tokens, *head)) for _ in range(2))
+    return q, k, qkv.new_empty(0) if text_qkv is None else torch.empty_like(q)
+
+
+def _empty_gradients(qkv: Tensor, text_qkv: Tensor | None, wants_weights: bool) -> Gradients:
+    dtype = torch.promote_types(qkv.dtype, torch.float32)
+    width = qkv.shape[-1] if wants_weights else 0
+    text_width = 0 if text_qkv is None else width
+    return (
+        qkv.new_empty(qkv.shape),
+        qkv.new_empty(0 if text_qkv is None else text_qkv.shape),
+        qkv.new_empty(width, dtype=dtype),
+        qkv.new_empty(width, dtype=dtype),
+        qkv.new_empty(text_width, dtype=dtype),
+        qkv.new_empty(text_width, dtype=dtype),
+    )
+
+
+@qk_norm_rope_forward.register_fake
+def _(
+    qkv: Tensor, q_weight: Tensor, k_weight: Tensor, text_qkv: Tensor | None, *rest: object
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _empty_outputs(qkv, text_qkv)
+
+
+@qk_norm_rope_backward.register_fake
+def _(
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor | None,
+    qkv: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    text_qkv: Tensor | None,
+    *rest: object,
+) -> Gradients:
+    return _empty_gradients(qkv, text_qkv, wants_weights=rest[-1] is True)
+
+
+def _save(ctx: FunctionCtx, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(*inputs[:-1])
+    ctx.set_materialize_grads(False)
+    ctx.eps = inputs[-1]  # type: ignore[attr-defined]
+
+
+def _differentiate(
+    ctx: FunctionCtx, dq: Tensor | None, dk: Tensor | None, dv: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    tensors = ctx.saved_tensors  # type: ignore[attr-defined]
+    wants = ctx.needs_input_grad  # type: ignore[attr-defined]
+    qkv, text_qkv, cos = tensors[0], tensors[3], tensors[6]
+    # Zeros that all tokens and heads share.
+    zeros = qkv.new_zeros(qkv.shape[-1]).expand(len(qkv), len(cos), *qkv.shape[3:])
+    dqkv, dtext_qkv, *dweights = qk_norm_rope_backward(
+        zeros if dq is None else dq,
+        zeros if dk is None else dk,
+        None if text_qkv is None else dv,
+        *tensors,
+        ctx.eps,  # type: ignore[attr-defined]
+        any(wants[i] for i in (1, 2, 4, 5)),
+    )
+    gradients = (dqkv, *dweights[:2], dtext_qkv, *dweights[2:])
+    return (
+        *(
+            gradient.to(x.dtype) if wanted else None
+            for gradient, x, wanted in zip(gradients, tensors, wants, strict=False)
+        ),
+        *(None, None, None),
+    )
+
+
+qk_norm_rope_forward.register_autograd(_differentiate, setup_context=_save)
+
+
+def qk_norm_rope(
+    qkv: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    *,
+    text_qkv: Tensor | None = None,
+    text_q_weight: Tensor | None = None,
+    text_k_weight: Tensor | None = None,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values for attention over text and image tokens together.
+
+    qkv is (B, N, 3, H, E), E even; q_weight and k_weight are (E,), in qkv's dtype or float32. Text tokens
+    come with all three of text_qkv (B, T, 3, H, E), text_q_weight and text_k_weight. cos and sin are
+    (T + N, E / 2) float32, text tokens first, and get no gradient. Returns q, k, v (B, T + N, H, E) in
+    qkv's dtype: float16, bfloat16, float32 or float64, computed in float32 at least. Without text, v is
+    a view of qkv. ValueError for other shapes and dtypes.
+    """
+    weights = {"q_weight": q_weight, "k_weight": k_weight}
+    text = (text_qkv, text_q_weight, text_k_weight)
+    if text_qkv is not None and text_q_weight is not None and text_k_weight is not None:
+        weights |= {"text_q_weight": text_q_weight, "text_k_weight": text_k_weight}
+    elif any(x is not None for x in text):
+        raise ValueError("qk_norm_rope: text_qkv, text_q_weight, text_k_weight: give all or none")
+    _check(qkv, text_qkv, weights, {"cos": cos, "sin": sin})
+    q, k, v = qk_norm_rope_forward(qkv, q_weight, k_weight, *text, cos, sin, eps)
+    return q, k, qkv[:, :, 2] if text_qkv is None else v
+
+
+def _check(
+    qkv: Tensor, text_qkv: Tensor | None, weights: dict[str, Tensor], tables: dict[str, Tensor]
+) -> None:
+    if not qkv.is_floating_point() or qkv.dtype.itemsize == 1:
+        raise _refusal("qkv", qkv, "float16, bfloat16 or float32")
+    if qkv.dim() != 5 or qkv.shape[2] != 3 or qkv.shape[4] == 0 or qkv.shape[4] % 2:
+        raise _refusal("qkv", qkv, "(B, N, 3, H, E) with an even E")
+    batch, num_tokens, _, heads, width = qkv.shape
+    if text_qkv is not None:
+        num_text = text_qkv.shape[1] if text_qkv.dim() == 5 else 0
+        if text_qkv.shape != (batch, num_text, 3, heads, width) or text_qkv.dtype is not qkv.dtype:
+            raise _refusal("text_qkv", text_qkv, f"({batch}, T, 3, {heads}, {width}) {qkv.dtype}")
+        num_tokens += num_text
+    dtype = weights["q_weight"].dtype
+    for name, weight in weights.items():
+        allowed = weight.dtype is dtype and dtype in (qkv.dtype, torch.float32)
+        if weight.shape != (width,) or not allowed:
+            raise _refusal(name, weight, f"({width},), all in {qkv.dtype} or all in float32")
+    for name, table in tables.items():
+        if table.shape != (num_tokens, width // 2) or table.dtype is not torch.float32:
+            raise _refusal(name, table, f"({num_tokens}, {width // 2}) torch.float32")
+
+
+def _refusal(name: str, x: Tensor, allowed: str) -> ValueError:
+    return ValueError(f"qk_norm_rope: {name} is {tuple(x.shape)} {x.dtype}; give {allowed}")
