@@ -1,0 +1,150 @@
+"""State of many tensors in one flat tensor, and random numbers that depend on the place in it alone.
+
+Optimizer state and averaged weights are arenas: flat tensors in which every weight has its range. A
+range starts at a multiple of BLOCK elements, so that a kernel's tile and the blocks that 8-bit state
+is quantized in never straddle two weights. The elements between two ranges are zeros and stay zeros.
+Weights and gradients are where they always were: permanent flat gradients would cost their memory
+while the activations peak.
+
+Random bits are Philox 4x32 (https://doi.org/10.1145/2063384.2063405), a function of a seed and of the
+element's index. A counter is shared by the four elements that are QUANTUM apart in a tile of BLOCK
+elements: the four words that it yields are one for each of them, so that no thread or vector lane
+exchanges anything. 7 rounds are what its authors found to pass every test of BigCrush.
+"""
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+BLOCK = 1024
+"""Elements: tile of the kernels, alignment of ranges."""
+QUANTUM = 256
+"""Elements that share the scale of 8-bit state, as in bitsandbytes."""
+PHILOX_ROUNDS = 7
+
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_WEYL = (0x9E3779B9, 0xBB67AE85)
+_LOW = 0xFFFFFFFF
+
+
+def arena_offsets(sizes: Sequence[int]) -> tuple[tuple[int, ...], int]:
+    """Where the range of each tensor of so many elements starts, and the length of the arena."""
+    lengths = (-(-size // BLOCK) * BLOCK for size in sizes)
+    *offsets, total = itertools.accumulate(lengths, initial=0)
+    return tuple(offsets), total
+
+
+@dataclass(frozen=True, slots=True)
+class Arena:
+    """The layout: which elements of a flat tensor belong to which weight, in memory order."""
+
+    sizes: tuple[int, ...]
+    offsets: tuple[int, ...]
+    total: int
+
+    @staticmethod
+    def of(tensors: Sequence[Tensor]) -> "Arena":
+        """For these weights, in this order."""
+        sizes = tuple(t.numel() for t in tensors)
+        return Arena(sizes, *arena_offsets(sizes))
+
+    def zeros(self, dtype: torch.dtype, device: torch.device | str) -> Tensor:
+        """(total,): a moment, an average or compensation. uint8 stands for 8-bit state."""
+        return torch.zeros(self.total, dtype=dtype, device=device)
+
+    def absmax(self, device: torch.device | str) -> Tensor:
+        """(total / 256,) float32: the scales of 8-bit state. Zeros, which make the state zero."""
+        return torch.zeros(self.total // QUANTUM, dtype=torch.float32, device=device)
+
+    def views(self, flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+        """The ranges of `flat`, with the shapes and strides of the weights `like`."""
+        return [
+            flat.as_strided(t.shape, t.stride(), flat.storage_offset() + offset)
+            for t, offset in zip(like, self.offsets, strict=True)
+        ]
+
+
+def flat_view(t: Tensor) -> Tensor:
+    """(numel,): the elements in memory order. ValueError where they are not dense."""
+    if not is_dense(t):
+        raise ValueError(
+            f"a tensor of shape {tuple(t.shape)} and strides {t.stride()} has gaps or overlaps;"
+            " weights have to be dense"
+        )
+    return t.as_strided((t.numel(),), (1,))
+
+
+def is_dense(t: Tensor) -> bool:
+    """Whether its elements fill a range of memory: contiguous, channels_last, transposed."""
+    return t.is_contiguous() or torch.ops.aten.is_non_overlapping_and_dense(t)
+
+
+def random_words(seed: Tensor, begin: int, end: int, stream: int) -> Tensor:
+    """(end - begin,) int64, each of 32 random bits: those of the arena's elements [begin, end),
+    which are multiples of BLOCK. `seed` is (1,) int64.
+
+    Element i has word (i >> 8) & 3 of Philox with counter (i >> 10 << 8 | i & 255, stream, 0), which
+    are 64, 32 and 32 bits, and key `seed`.
+    """
+    counter = torch.arange(begin // 4, end // 4, dtype=torch.int64, device=seed.device)
+    words = _philox(counter, stream, seed)
+    return torch.stack([w.view(-1, QUANTUM) for w in words], dim=1).view(-1)
+
+
+def _philox(counter: Tensor, stream: int, seed: Tensor) -> tuple[Tensor, ...]:
+    """In int64, as PyTorch has few operations on uint32: of a product that wraps, bits 32 to 63 are
+    right after the mask."""
+    c0, c1 = counter & _LOW, counter >> 32
+    c2, c3 = torch.full_like(c0, stream), torch.zeros_like(c0)
+    k0, k1 = seed & _LOW, (seed >> 32) & _LOW
+    for _ in range(PHILOX_ROUNDS):
+        product0, product2 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
+        c0 = ((product2 >> 32) & _LOW) ^ c1 ^ k0
+        c2 = ((product0 >> 32) & _LOW) ^ c3 ^ k1
+        c1, c3 = product2 & _LOW, product0 & _LOW
+        k0, k1 = (k0 + _WEYL[0]) & _LOW, (k1 + _WEYL[1]) & _LOW
+    return c0, c1, c2, c3
+
+
+def round_stochastic(x: Tensor, bits: Tensor) -> Tensor:
+    """float32 -> bf16, up with the probability of the part that is cut off, so that the mean is x.
+    `bits` are int, 0 to 65535, uniform. What is not finite stays what it is."""
+    raw = x.view(torch.int32)
+    rounded = ((raw + bits.to(torch.int32)) & -65536).view(torch.float32)
+    return torch.where(x.isfinite(), rounded, x).to(torch.bfloat16)
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Part of a tensor: the range [begin, end) of its memory, at `offset` in the arena."""
+
+    tensor: int
+    begin: int
+    end: int
+    offset: int
+
+
+def batches(
+    sizes: Sequence[int], kinds: Sequence[object], limit: int
+) -> Iterator[tuple[list[Piece], int, int]]:
+    """Pieces that follow each other in the arena, all of one kind, with the range that they span:
+    at most `limit` elements, a multiple of BLOCK."""
+    batch: list[Piece] = []
+    begin = end = 0
+    kind: object = None
+    for index, offset in enumerate(arena_offsets(sizes)[0]):
+        for start in range(0, sizes[index], limit):
+            stop = min(start + limit, sizes[index])
+            length = -(-(stop - start) // BLOCK) * BLOCK
+            if batch and (end + length - begin > limit or kinds[index] != kind):
+                yield batch, begin, end
+                batch = []
+            if not batch:
+                begin, kind = offset + start, kinds[index]
+            batch.append(Piece(index, start, stop, offset + start))
+            end = offset + start + length
+    if batch:
+        yield batch, begin, end

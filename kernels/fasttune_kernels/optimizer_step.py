@@ -1,0 +1,400 @@
+"""AdamW for a list of tensors in one pass, with clipping, 16-bit rounding and the average of the weights.
+
+A step as PyTorch makes it reads the gradients for their norm, reads and writes them for the clip, then
+reads and writes weights and moments, then reads the weights again for the average: 38 bytes a weight for
+bf16 weights with float32 state. One pass reads and writes everything once: 28, and 18 with 8-bit moments
+and a bf16 average, beside the 2 that the norm needs. Whatever the number of tensors, that are two launches.
+
+Sources: AdamW, https://arxiv.org/abs/1711.05101; 8-bit state, https://arxiv.org/abs/2110.02861; stochastic
+rounding and compensation of bf16 weights, https://arxiv.org/abs/2010.06192.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fasttune_kernels import dispatch
+from fasttune_kernels.arena import (
+    BLOCK,
+    QUANTUM,
+    Piece,
+    arena_offsets,
+    batches,
+    flat_view,
+    is_dense,
+    random_words,
+    round_stochastic,
+)
+from fasttune_kernels.blockwise import dequantize_blockwise, quantize_blockwise
+
+ROUNDINGS = ("nearest", "stochastic", "kahan")
+WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+STATE_DTYPES = (torch.float32, torch.bfloat16, torch.uint8)
+EMA_DTYPES = (torch.float32, torch.bfloat16)
+
+CPU_LIMIT = 1 << 18
+GPU_LIMIT = 1 << 24
+"""Elements of the PyTorch path's float32 temporaries, of which there are at most seven: 7 MiB on the
+CPU, which stay in its cache, and 448 MiB elsewhere."""
+
+
+# -- reference -------------------------------------------------------------------------------------
+
+
+def optimizer_step_ref(
+    weight: Tensor,
+    grad: Tensor,
+    m: Tensor,
+    v: Tensor,
+    ema: Tensor | None,
+    *,
+    lr: float,
+    factor: float,
+    weight_decay: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    step: int,
+    ema_decay: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """The new (weight, m, v, ema) of one tensor at update number `step` (from 1), in the dtype given:
+    what is rounded and quantized afterwards."""
+    g = grad * factor
+    m = beta1 * m + (1 - beta1) * g
+    v = beta2 * v + (1 - beta2) * g * g
+    m_hat, v_hat = m / (1 - beta1**step), v / (1 - beta2**step)
+    weight = (1 - lr * weight_decay) * weight - lr * m_hat / (v_hat.sqrt() + eps)
+    return weight, m, v, None if ema is None else ema + (1 - ema_decay) * (weight - ema)
+
+
+# -- custom ops ------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op(
+    "fasttune::optimizer_step_",
+    mutates_args=("weights", "m", "v", "m_absmax", "v_absmax", "ema", "compensation"),
+)
+def _optimizer_step_op(
+    weights: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    m: Tensor,
+    v: Tensor,
+    m_absmax: Tensor | None,
+    v_absmax: Tensor | None,
+    ema: Tensor | None,
+    compensation: Tensor | None,
+    groups: Sequence[int],
+    hyper: Tensor,
+    scalars: Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    rounding: str,
+    seed: Tensor,
+) -> None:
+    cpp = cpp_for(m)
+    step: Callable[..., None] = cpp.optimizer_step_ if cpp else _step_torch
+    step(
+        *(weights, grads, m, v, m_absmax, v_absmax, ema, compensation),
+        *(groups, hyper, scalars, beta1, beta2, eps, rounding, seed),
+    )
+
+
+_optimizer_step_op.register_fake(lambda *arguments: None)
+
+
+@torch.library.custom_op("fasttune::gradient_norm", mutates_args=())
+def _gradient_norm_op(grads: Sequence[Tensor]) -> Tensor:
+    norms = torch._foreach_norm(list(grads), 2.0, dtype=torch.float32)
+    return torch.linalg.vector_norm(torch.stack(list(norms)))
+
+
+@_gradient_norm_op.register_fake
+def _(grads: Sequence[Tensor]) -> Tensor:
+    return grads[0].new_empty((), dtype=torch.float32)
+
+
+def cpp_for(x: Tensor) -> Any:
+    """The C++ of csrc/cpu: for CPU tensors, where it is built. Else None."""
+    if x.device.type != "cpu" or dispatch._forced is not None:
+        return None
+    try:
+        from fasttune_kernels import cpu_library  # type: ignore[attr-defined]
+    except ImportError:
+        return None
+    return cpu_library if cpu_library.available() else None
+
+
+# -- PyTorch implementation ------------------------------------------------------------------------
+
+
+def _step_torch(
+    weights: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    m: Tensor,
+    v: Tensor,
+    m_absmax: Tensor | None,
+    v_absmax: Tensor | None,
+    ema: Tensor | None,
+    compensation: Tensor | None,
+    groups: Sequence[int],
+    hyper: Tensor,
+    scalars: Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    rounding: str,
+    seed: Tensor,
+) -> None:
+    """Works on ranges of the arenas, into which weights and gradients are gathered: a few dozen
+    operations on a range, however many tensors are in it."""
+    on_cpu = m.device.type == "cpu"
+    if on_cpu and not scalars[2]:
+        return
+    # Elsewhere nobody waits for the device: a step that is not kept writes what was there.
+    keep = None if on_cpu else scalars[2] != 0
+    lr, factor, _, correction1, correction2, ema_rest = scalars.unbind()
+    sizes, dtypes = [w.numel() for w in weights], [w.dtype for w in weights]
+    for pieces, begin, end in batches(sizes, dtypes, CPU_LIMIT if on_cpu else GPU_LIMIT):
+        span = slice(begin, end)
+        tiles = torch.tensor([-(-(p.end - p.begin) // BLOCK) for p in pieces])
+        rows = torch.tensor([groups[p.tensor] for p in pieces]).repeat_interleave(tiles)
+        factors = hyper[rows.to(hyper.device)]
+        rate = factors[:, :1] * lr  # (tiles, 1), as all else is (tiles, BLOCK)
+        rest = 1 - factors[:, 1:] * rate
+
+        g = _gather(grads, pieces, begin, end).mul_(factor)
+        new_m = _load(m, m_absmax, span, True).mul(beta1).add_(g, alpha=1 - beta1)
+        new_v = _load(v, v_absmax, span, False).mul(beta2).addcmul_(g, g, value=1 - beta2)
+        update = torch.sqrt(new_v, out=g).div_(correction2.sqrt()).add_(eps)
+        torch.div(new_m, update, out=update).mul_(rate / correction1)
+
+        bits = _bits(seed, begin, end, 1) if m.dtype == torch.bfloat16 else None
+        _store(m, m_absmax, span, new_m, True, keep, None if bits is None else bits >> 16)
+        _store(v, v_absmax, span, new_v, False, keep, bits)
+        del new_m, new_v
+
+        w = _gather(weights, pieces, begin, end)
+        if compensation is not None:
+            w += compensation[span].view_as(w)
+        w.mul_(rest).sub_(update)
+        dtype = dtypes[pieces[0].tensor]
+        bits = _bits(seed, begin, end, 0)
+        if rounding == "stochastic" and dtype == torch.bfloat16:
+            rounded = round_stochastic(w, bits).float()
+        else:
+            rounded = w.to(dtype).float()
+        if compensation is not None:
+            _write(compensation[span], (w - rounded).view(-1), keep)
+        _scatter(weights, pieces, begin, rounded, keep)
+        if ema is not None:
+            before = _load(ema, None, span, True)
+            _store(ema, None, span, before.lerp(rounded, ema_rest), True, keep, bits >> 16)
+
+
+def _bits(seed: Tensor, begin: int, end: int, stream: int) -> Tensor:
+    return random_words(seed, begin, end, stream).view(-1, BLOCK)
+
+
+def _load(state: Tensor, absmax: Tensor | None, span: slice, signed: bool) -> Tensor:
+    """(tiles, BLOCK) float32."""
+    values = state[span]
+    if absmax is not None:
+        scales = absmax[span.start // QUANTUM : span.stop // QUANTUM]
+        values = dequantize_blockwise(values, scales, signed)
+    return values.float().view(-1, BLOCK)
+
+
+def _store(
+    state: Tensor,
+    absmax: Tensor | None,
+    span: slice,
+    new: Tensor,
+    signed: bool,
+    keep: Tensor | None,
+    bits: Tensor | None,
+) -> None:
+    """Quantizes or rounds (tiles, BLOCK) float32."""
+    if absmax is not None:
+        codes, scales = quantize_blockwise(new.view(-1), signed)
+        _write(state[span], codes, keep)
+        _write(absmax[span.start // QUANTUM : span.stop // QUANTUM], scales, keep)
+        return
+    if bits is not None and state.dtype == torch.bfloat16:
+        new = round_stochastic(new, bits)
+    _write(state[span], new.view(-1), keep)
+
+
+def _write(target: Tensor, new: Tensor, keep: Tensor | None) -> None:
+    target.copy_(new if keep is None else torch.where(keep, new.to(target.dtype), target))
+
+
+def _gather(tensors: Sequence[Tensor], pieces: list[Piece], begin: int, end: int) -> Tensor:
+    """(tiles, BLOCK) float32, zero between the ranges."""
+    flat = torch.zeros(end - begin, dtype=torch.float32, device=tensors[pieces[0].tensor].device)
+    torch._foreach_copy_(*_pairs(flat, tensors, pieces, begin))
+    return flat.view(-1, BLOCK)
+
+
+def _scatter(
+    tensors: Sequence[Tensor], pieces: list[Piece], begin: int, new: Tensor, keep: Tensor | None
+) -> None:
+    ranges, views = _pairs(new.view(-1), tensors, pieces, begin)
+    if keep is not None:
+        ranges = [torch.where(keep, r.to(t.dtype), t) for r, t in zip(ranges, views, strict=True)]
+    torch._foreach_copy_(views, ranges)
+
+
+def _pairs(
+    flat: Tensor, tensors: Sequence[Tensor], pieces: list[Piece], begin: int
+) -> tuple[list[Tensor], list[Tensor]]:
+    """(ranges of `flat`, which starts at `begin` in the arena; the same elements of the tensors)."""
+    ranges = [flat[p.offset - begin : p.offset - begin + p.end - p.begin] for p in pieces]
+    return ranges, [flat_view(tensors[p.tensor])[p.begin : p.end] for p in pieces]
+
+
+# -- public functions ------------------------------------------------------------------------------
+
+
+def optimizer_step_(
+    weights: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    m: Tensor,
+    v: Tensor,
+    m_absmax: Tensor | None,
+    v_absmax: Tensor | None,
+    ema: Tensor | None,
+    compensation: Tensor | None,
+    groups: Sequence[int],
+    hyper: Tensor,
+    scalars: Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    rounding: str,
+    seed: Tensor,
+) -> None:
+    """One AdamW update of `weights` in place, and of their average with the weights as rounded.
+
+    `weights`: dense float32, bf16 or fp16 tensors; `grads`: of the same shapes, and of the weight's
+    dtype or float32. State is in arenas with the layout `Arena.of(weights)`: `m` and `v`, both float32,
+    both bf16 (rounded stochastically: to the nearest, a second moment with beta2 = 0.999 stops
+    moving) or both uint8 with `m_absmax` and `v_absmax` (see `Arena.absmax`); `ema`, float32 or
+    bf16 (stochastic); `compensation`, bf16, with "kahan". `groups`: for each weight its row of `hyper`,
+    (G, 2) float32: a factor to the learning rate, and the weight decay. `scalars`, (6,) float32:
+    learning rate, factor of the gradients (clip and 1 / loss scale), 0 to leave everything as it is
+    and else 1, 1 - beta1^t, 1 - beta2^t, 1 - decay of the average.
+
+    `rounding` of 16-bit weights: "nearest"; "stochastic", bf16 alone, whose random bits depend on
+    `seed`, (1,) int64, and on the place in the arena alone, so that `seed` has to differ from step to
+    step; "kahan", which keeps what was cut off for the next step. Hyper, scalars and seed are on the
+    device and nothing waits for it. ValueError for what does not fit.
+    """
+    check_tensors(weights, m.device)
+    _check_grads(weights, grads)
+    _check_state(weights, m, v, m_absmax, v_absmax, ema, compensation, rounding)
+    if len(groups) != len(weights):
+        raise ValueError(f"{len(groups)} groups for {len(weights)} weights; one for each")
+    if groups and not 0 <= min(groups) <= max(groups) < len(hyper):
+        raise ValueError(f"groups {min(groups)} to {max(groups)}, but hyper has {len(hyper)} rows")
+    check_values("hyper", hyper, (len(hyper), 2), torch.float32, m.device)
+    check_values("scalars", scalars, (6,), torch.float32, m.device)
+    check_values("seed", seed, (1,), torch.int64, m.device)
+    if not (0 <= beta1 < 1 and 0 <= beta2 < 1 and eps > 0):
+        raise ValueError(f"beta1 {beta1}, beta2 {beta2}, eps {eps}; 0 <= beta < 1 and eps > 0")
+    if weights:
+        _optimizer_step_op(
+            *(list(weights), laid_out_as(weights, grads), m, v, m_absmax, v_absmax, ema),
+            *(compensation, list(groups), hyper, scalars, beta1, beta2, eps, rounding, seed),
+        )
+
+
+def gradient_norm(grads: Sequence[Tensor]) -> Tensor:
+    """The 2-norm of all gradients together: a float32 scalar on their device, the same on every run.
+    Not finite if one of them is not. ValueError without any."""
+    if not grads:
+        raise ValueError("no gradients; there has to be one, as the norm is on its device")
+    return _gradient_norm_op([g if is_dense(g) else g.contiguous() for g in grads])
+
+
+def laid_out_as(weights: Sequence[Tensor], grads: Sequence[Tensor]) -> list[Tensor]:
+    """The gradients themselves where their elements are in the order of the weight's, else copies."""
+    return [
+        g if g.stride() == w.stride() else torch.empty_like(w, dtype=g.dtype).copy_(g)
+        for w, g in zip(weights, grads, strict=True)
+    ]
+
+
+def check_tensors(weights: Sequence[Tensor], device: torch.device) -> None:
+    """ValueError for weights that no step can update."""
+    for index, w in enumerate(weights):
+        if w.dtype not in WEIGHT_DTYPES or w.device != device or not is_dense(w):
+            raise ValueError(
+                f"weight {index} is {w.dtype} on {w.device} with strides {w.stride()}; weights are"
+                f" dense float32, bf16 or fp16 tensors on the device of their state, {device}"
+            )
+
+
+def check_values(
+    name: str, x: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> None:
+    """ValueError for another shape, dtype or device, and for elements that do not follow each other."""
+    if x.shape != shape or x.dtype != dtype or x.device != device or not x.is_contiguous():
+        raise ValueError(
+            f"{name} is {x.dtype} {tuple(x.shape)} on {x.device}; expected contiguous {dtype} {shape}"
+            f" on {device}"
+        )
+
+
+def _check_grads(weights: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
+    if len(grads) != len(weights):
+        raise ValueError(f"{len(grads)} gradients for {len(weights)} weights; one for each")
+    for index, (w, g) in enumerate(zip(weights, grads, strict=True)):
+        if g.shape != w.shape or g.device != w.device or g.dtype not in (w.dtype, torch.float32):
+            raise ValueError(
+                f"gradient {index} is {g.dtype} {tuple(g.shape)} on {g.device}; its weight is {w.dtype}"
+                f" {tuple(w.shape)} on {w.device}, and a gradient has its dtype or float32"
+            )
+
+
+def _check_state(
+    weights: Sequence[Tensor],
+    m: Tensor,
+    v: Tensor,
+    m_absmax: Tensor | None,
+    v_absmax: Tensor | None,
+    ema: Tensor | None,
+    compensation: Tensor | None,
+    rounding: str,
+) -> None:
+    _, total = arena_offsets([w.numel() for w in weights])
+    if m.dtype not in STATE_DTYPES:
+        raise ValueError(f"m is {m.dtype}; allowed are float32, bf16 and uint8")
+    check_values("m", m, (total,), m.dtype, m.device)
+    check_values("v", v, (total,), m.dtype, m.device)
+    for name, absmax in (("m_absmax", m_absmax), ("v_absmax", v_absmax)):
+        if (absmax is not None) != (m.dtype == torch.uint8):
+            raise ValueError(f"{name} belongs to 8-bit state; m is {m.dtype}")
+        if absmax is not None:
+            check_values(name, absmax, (total // QUANTUM,), torch.float32, m.device)
+    if ema is not None:
+        check_ema(ema, total, m.device)
+    if rounding not in ROUNDINGS:
+        raise ValueError(f"rounding {rounding!r}; allowed are {', '.join(ROUNDINGS)}")
+    if (compensation is not None) != (rounding == "kahan"):
+        raise ValueError(f'compensation belongs to rounding = "kahan"; this is {rounding!r}')
+    if compensation is not None:
+        check_values("compensation", compensation, (total,), torch.bfloat16, m.device)
+    if rounding == "stochastic" and any(w.dtype == torch.float16 for w in weights):
+        raise ValueError(
+            'fp16 weights are rounded to the "nearest" or with "kahan", not "stochastic"'
+        )
+
+
+def check_ema(ema: Tensor, total: int, device: torch.device) -> None:
+    """ValueError for an average that is no arena of so many float32 or bf16 elements."""
+    if ema.dtype not in EMA_DTYPES:
+        raise ValueError(f"ema is {ema.dtype}; allowed are float32 and bf16")
+    check_values("ema", ema, (total,), ema.dtype, device)
