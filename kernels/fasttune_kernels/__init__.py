@@ -6,5 +6,6 @@ Networks call these and never a backend: which kernel runs is decided here, by d
 from fasttune_kernels.attention import attention
 from fasttune_kernels.geglu import geglu
 from fasttune_kernels.gelu_tanh import gelu_tanh
+from fasttune_kernels.group_norm_silu import group_norm_silu
 
-__all__ = ["attention", "geglu", "gelu_tanh"]
+__all__ = ["attention", "geglu", "gelu_tanh", "group_norm_silu"]
