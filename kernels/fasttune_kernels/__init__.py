@@ -7,5 +7,6 @@ from fasttune_kernels.attention import attention
 from fasttune_kernels.geglu import geglu
 from fasttune_kernels.gelu_tanh import gelu_tanh
 from fasttune_kernels.group_norm_silu import group_norm_silu
+from fasttune_kernels.lora_linear import lora_linear
 
-__all__ = ["attention", "geglu", "gelu_tanh", "group_norm_silu"]
+__all__ = ["attention", "geglu", "gelu_tanh", "group_norm_silu", "lora_linear"]
