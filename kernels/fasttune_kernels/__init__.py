@@ -4,9 +4,20 @@ Networks call these and never a backend: which kernel runs is decided here, by d
 """
 
 from fasttune_kernels.attention import attention
+from fasttune_kernels.gated_residual import gated_residual, gated_residual_norm_modulate
 from fasttune_kernels.geglu import geglu
 from fasttune_kernels.gelu_tanh import gelu_tanh
 from fasttune_kernels.group_norm_silu import group_norm_silu
 from fasttune_kernels.lora_linear import lora_linear
+from fasttune_kernels.norm_modulate import norm_modulate
 
-__all__ = ["attention", "geglu", "gelu_tanh", "group_norm_silu", "lora_linear"]
+__all__ = [
+    "attention",
+    "gated_residual",
+    "gated_residual_norm_modulate",
+    "geglu",
+    "gelu_tanh",
+    "group_norm_silu",
+    "lora_linear",
+    "norm_modulate",
+]
