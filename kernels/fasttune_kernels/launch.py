@@ -18,7 +18,7 @@ AMD = ("gfx942", "gfx950", "gfx1100", "gfx1201")
 """MI300; MI350; RX 7900; RX 9070."""
 TARGETS = NVIDIA + AMD
 
-OP_FILES: tuple[str, ...] = ()
+OP_FILES: tuple[str, ...] = ("geglu", "gelu_tanh")
 """Modules of this package that have LAUNCHES."""
 
 
