@@ -19,11 +19,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fasttune_kernels.jit import jit, tl
+
 BLOCK = 1024
 """Elements: tile of the kernels, alignment of ranges."""
 QUANTUM = 256
 """Elements that share the scale of 8-bit state, as in bitsandbytes."""
 PHILOX_ROUNDS = 7
+
+WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+EMA_DTYPES = (torch.float32, torch.bfloat16)
 
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
@@ -148,3 +153,103 @@ def batches(
             end = offset + start + length
     if batch:
         yield batch, begin, end
+
+
+def limit_of(device: torch.device) -> int:
+    """Elements of which the PyTorch path has float32 temporaries, about seven: 7 MiB on the CPU, which
+    stay in its cache, and 448 MiB elsewhere."""
+    return 1 << 18 if device.type == "cpu" else 1 << 24
+
+
+def gather(tensors: Sequence[Tensor], pieces: list[Piece], begin: int, end: int) -> Tensor:
+    """(tiles, BLOCK) float32, zero between the ranges."""
+    flat = torch.zeros(end - begin, dtype=torch.float32, device=tensors[pieces[0].tensor].device)
+    torch._foreach_copy_(*_pairs(flat, tensors, pieces, begin))
+    return flat.view(-1, BLOCK)
+
+
+def scatter(
+    tensors: Sequence[Tensor], pieces: list[Piece], begin: int, new: Tensor, keep: Tensor | None
+) -> None:
+    ranges, views = _pairs(new.view(-1), tensors, pieces, begin)
+    if keep is not None:
+        ranges = [torch.where(keep, r.to(t.dtype), t) for r, t in zip(ranges, views, strict=True)]
+    torch._foreach_copy_(views, ranges)
+
+
+def _pairs(
+    flat: Tensor, tensors: Sequence[Tensor], pieces: list[Piece], begin: int
+) -> tuple[list[Tensor], list[Tensor]]:
+    """(ranges of `flat`, which starts at `begin` in the arena; the same elements of the tensors)."""
+    ranges = [flat[p.offset - begin : p.offset - begin + p.end - p.begin] for p in pieces]
+    return ranges, [flat_view(tensors[p.tensor])[p.begin : p.end] for p in pieces]
+
+
+# -- checks -----------------------------------------------------------------------------------------
+
+
+def check_weights(weights: Sequence[Tensor], device: torch.device) -> None:
+    """ValueError for weights that no step can update."""
+    for index, w in enumerate(weights):
+        if w.dtype not in WEIGHT_DTYPES or w.device != device or not is_dense(w):
+            raise ValueError(
+                f"weight {index} is {w.dtype} on {w.device} with strides {w.stride()}; weights are"
+                f" dense float32, bf16 or fp16 tensors on the device of their state, {device}"
+            )
+
+
+def check_values(
+    name: str, x: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> None:
+    """ValueError for another shape, dtype or device, and for elements that do not follow each other."""
+    if x.shape != shape or x.dtype != dtype or x.device != device or not x.is_contiguous():
+        raise ValueError(
+            f"{name} is {x.dtype} {tuple(x.shape)} on {x.device}; expected contiguous {dtype} {shape}"
+            f" on {device}"
+        )
+
+
+def check_ema(ema: Tensor, total: int) -> None:
+    """ValueError for an average that is no arena of so many float32 or bf16 elements."""
+    if ema.dtype not in EMA_DTYPES:
+        raise ValueError(f"ema is {ema.dtype}; allowed are float32 and bf16")
+    check_values("ema", ema, (total,), ema.dtype, ema.device)
+
+
+# -- the same inside of Triton kernels ---------------------------------------------------------------
+
+
+@jit
+def read(ptr, mask, MASKED: tl.constexpr):
+    """float32. A mask of what is not known to be even keeps a load from being of 16 bytes, so that
+    what is inside as a whole is read without one."""
+    if MASKED:
+        return tl.load(ptr, mask=mask, other=0.0).to(tl.float32)
+    return tl.load(ptr).to(tl.float32)
+
+
+@jit
+def write(ptr, value, mask, MASKED: tl.constexpr):
+    if MASKED:
+        tl.store(ptr, value.to(ptr.dtype.element_ty), mask=mask)
+    else:
+        tl.store(ptr, value.to(ptr.dtype.element_ty))
+
+
+@jit
+def round_bits(x, bits):
+    """float32 -> float32 with a bf16's mantissa, by 16 random bits."""
+    raw = x.to(tl.uint32, bitcast=True)
+    finite = (raw & 0x7F800000) != 0x7F800000
+    rounded = ((raw + (bits & 0xFFFF)) & 0xFFFF0000).to(tl.float32, bitcast=True)
+    return tl.where(finite, rounded, x)
+
+
+@jit
+def words_of(seed, counter, STREAM: tl.constexpr):
+    """Four blocks of uint32: `random_words` of the four quarters of tiles. `counter` is int64, a
+    quarter of the arena's index of a tile plus the place in a quarter."""
+    low = counter.to(tl.uint32)
+    high = (counter >> 32).to(tl.uint32)
+    zero = low * 0
+    return tl.philox(seed, low, high, zero + STREAM, zero, 7)  # PHILOX_ROUNDS

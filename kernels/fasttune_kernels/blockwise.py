@@ -6,7 +6,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from fasttune_kernels.arena import QUANTUM
+from fasttune_kernels.arena import QUANTUM, read, round_bits, write
+from fasttune_kernels.jit import jit, tl
 
 
 @cache
@@ -43,3 +44,83 @@ def dequantize_blockwise(codes: Tensor, absmax: Tensor, signed: bool) -> Tensor:
     """(n,) uint8 and (n / 256,) -> (n,) float32."""
     values = dynamic_map(signed, codes.device)[codes.int()]
     return values.view(-1, QUANTUM).mul_(absmax[:, None]).view(-1)
+
+
+# -- the same inside of Triton kernels ---------------------------------------------------------------
+
+
+@jit
+def _dequantize(code, SIGNED: tl.constexpr):
+    """uint8 -> the value of `dynamic_map`. With k counted from 1, the values of a decade are those with
+    one exponent e of k = 2^e (1 + f), which makes the code a small float."""
+    code = code.to(tl.int32)
+    top: tl.constexpr = 7 if SIGNED else 8
+    k = tl.abs(code - 127) if SIGNED else code + 1
+    raw = k.to(tl.float32).to(tl.int32, bitcast=True)
+    e = (raw >> 23) - 127
+    mantissa = ((raw & 0x7FFFFF) | 0x3F800000).to(tl.float32, bitcast=True)
+    half = ((126 - e) << 23).to(tl.float32, bitcast=True)  # 2^-e / 2
+    decade = tl.exp2((e - (top - 1)).to(tl.float32) * 3.321928094887362)
+    value = decade * (0.9 * (mantissa + half) - 0.8)
+    value = tl.where(e == top, 1.0, value)
+    if SIGNED:
+        value = tl.where(code < 127, -value, value)
+        return tl.where(k == 0, 0.0, value)
+    return tl.where(k == 1, 0.0, value)
+
+
+@jit
+def _quantize(x, SIGNED: tl.constexpr):
+    """The code of the value that is nearest to x, of magnitude at most 1. Cells of a decade are of
+    equal width; the first 0.2 of its first cell are nearer to the decade below."""
+    top: tl.constexpr = 7 if SIGNED else 8
+    lowest: tl.constexpr = (
+        0.175 if SIGNED else 0.125
+    ) / 0.9  # half of the smallest value, in cells
+    size = tl.abs(x)
+    decade = tl.floor(tl.log2(size) * 0.30102999566398120) + 1.0
+    decade = tl.minimum(tl.maximum(decade, -6.0), 0.0)
+    e = decade.to(tl.int32) + (top - 1)
+    first = 1 << e
+    cells = first.to(tl.float32)
+    t = (size * tl.exp2(decade * -3.321928094887362) - 0.1) * (cells / 0.9)
+    cell = tl.minimum(tl.maximum(t, 0.0).to(tl.int32), first - 1)
+    k = first + cell - (t < tl.where(decade == -6.0, lowest, 0.2)).to(tl.int32)
+    k = tl.where((decade == 0.0) & (t >= cells - 0.25), 2 * first, k)
+    if SIGNED:  # there is no -1
+        code = tl.where(x < 0.0, 127 - tl.minimum(k, 127), 127 + k)
+    else:
+        code = k - 1
+    return code.to(tl.uint8)
+
+
+@jit
+def load_state(
+    ptr, absmax_ptr, at, block, mask, present, MASKED: tl.constexpr, SIGNED: tl.constexpr
+):
+    """(ROWS, 256) float32."""
+    if absmax_ptr is None:
+        return read(ptr + at, mask, MASKED)
+    if MASKED:
+        code = tl.load(ptr + at, mask=mask, other=0)
+    else:
+        code = tl.load(ptr + at)
+    return _dequantize(code, SIGNED) * read(absmax_ptr + block, present, MASKED)[:, None]
+
+
+@jit
+def store_state(
+    ptr, absmax_ptr, at, block, x, bits, mask, present, MASKED: tl.constexpr, SIGNED: tl.constexpr
+):
+    if absmax_ptr is not None:
+        absmax = tl.max(tl.abs(x), axis=1)
+        scaled = x / tl.maximum(absmax, 1.1754943508222875e-38)[:, None]
+        if MASKED:
+            tl.store(ptr + at, _quantize(scaled, SIGNED), mask=mask)
+        else:
+            tl.store(ptr + at, _quantize(scaled, SIGNED))
+        write(absmax_ptr + block, absmax, present, MASKED)
+    else:
+        if ptr.dtype.element_ty == tl.bfloat16:
+            x = round_bits(x, bits)
+        write(ptr + at, x, mask, MASKED)

@@ -15,30 +15,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fasttune_kernels import dispatch
+from fasttune_kernels import dispatch, optimizer_step_kernels
 from fasttune_kernels.arena import (
     BLOCK,
     QUANTUM,
-    Piece,
     arena_offsets,
     batches,
-    flat_view,
-    is_dense,
+    check_ema,
+    check_values,
+    check_weights,
+    gather,
+    limit_of,
     random_words,
     round_stochastic,
+    scatter,
 )
 from fasttune_kernels.blockwise import dequantize_blockwise, quantize_blockwise
 
 ROUNDINGS = ("nearest", "stochastic", "kahan")
-WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 STATE_DTYPES = (torch.float32, torch.bfloat16, torch.uint8)
-EMA_DTYPES = (torch.float32, torch.bfloat16)
-
-CPU_LIMIT = 1 << 18
-GPU_LIMIT = 1 << 24
-"""Elements of the PyTorch path's float32 temporaries, of which there are at most seven: 7 MiB on the
-CPU, which stay in its cache, and 448 MiB elsewhere."""
-
 
 # -- reference -------------------------------------------------------------------------------------
 
@@ -94,8 +89,12 @@ def _optimizer_step_op(
     rounding: str,
     seed: Tensor,
 ) -> None:
-    cpp = cpp_for(m)
-    step: Callable[..., None] = cpp.optimizer_step_ if cpp else _step_torch
+    step: Callable[..., None]
+    if dispatch.runs_triton(m):
+        step = optimizer_step_kernels.launch_step
+    else:
+        cpp = cpp_for(m)
+        step = cpp.optimizer_step_ if cpp else _step_torch
     step(
         *(weights, grads, m, v, m_absmax, v_absmax, ema, compensation),
         *(groups, hyper, scalars, beta1, beta2, eps, rounding, seed),
@@ -103,17 +102,6 @@ def _optimizer_step_op(
 
 
 _optimizer_step_op.register_fake(lambda *arguments: None)
-
-
-@torch.library.custom_op("fasttune::gradient_norm", mutates_args=())
-def _gradient_norm_op(grads: Sequence[Tensor]) -> Tensor:
-    norms = torch._foreach_norm(list(grads), 2.0, dtype=torch.float32)
-    return torch.linalg.vector_norm(torch.stack(list(norms)))
-
-
-@_gradient_norm_op.register_fake
-def _(grads: Sequence[Tensor]) -> Tensor:
-    return grads[0].new_empty((), dtype=torch.float32)
 
 
 def cpp_for(x: Tensor) -> Any:
@@ -157,7 +145,7 @@ def _step_torch(
     keep = None if on_cpu else scalars[2] != 0
     lr, factor, _, correction1, correction2, ema_rest = scalars.unbind()
     sizes, dtypes = [w.numel() for w in weights], [w.dtype for w in weights]
-    for pieces, begin, end in batches(sizes, dtypes, CPU_LIMIT if on_cpu else GPU_LIMIT):
+    for pieces, begin, end in batches(sizes, dtypes, limit_of(m.device)):
         span = slice(begin, end)
         tiles = torch.tensor([-(-(p.end - p.begin) // BLOCK) for p in pieces])
         rows = torch.tensor([groups[p.tensor] for p in pieces]).repeat_interleave(tiles)
@@ -165,7 +153,7 @@ def _step_torch(
         rate = factors[:, :1] * lr  # (tiles, 1), as all else is (tiles, BLOCK)
         rest = 1 - factors[:, 1:] * rate
 
-        g = _gather(grads, pieces, begin, end).mul_(factor)
+        g = gather(grads, pieces, begin, end).mul_(factor)
         new_m = _load(m, m_absmax, span, True).mul(beta1).add_(g, alpha=1 - beta1)
         new_v = _load(v, v_absmax, span, False).mul(beta2).addcmul_(g, g, value=1 - beta2)
         update = torch.sqrt(new_v, out=g).div_(correction2.sqrt()).add_(eps)
@@ -176,7 +164,7 @@ def _step_torch(
         _store(v, v_absmax, span, new_v, False, keep, bits)
         del new_m, new_v
 
-        w = _gather(weights, pieces, begin, end)
+        w = gather(weights, pieces, begin, end)
         if compensation is not None:
             w += compensation[span].view_as(w)
         w.mul_(rest).sub_(update)
@@ -188,7 +176,7 @@ def _step_torch(
             rounded = w.to(dtype).float()
         if compensation is not None:
             _write(compensation[span], (w - rounded).view(-1), keep)
-        _scatter(weights, pieces, begin, rounded, keep)
+        scatter(weights, pieces, begin, rounded, keep)
         if ema is not None:
             before = _load(ema, None, span, True)
             _store(ema, None, span, before.lerp(rounded, ema_rest), True, keep, bits >> 16)
@@ -231,31 +219,7 @@ def _write(target: Tensor, new: Tensor, keep: Tensor | None) -> None:
     target.copy_(new if keep is None else torch.where(keep, new.to(target.dtype), target))
 
 
-def _gather(tensors: Sequence[Tensor], pieces: list[Piece], begin: int, end: int) -> Tensor:
-    """(tiles, BLOCK) float32, zero between the ranges."""
-    flat = torch.zeros(end - begin, dtype=torch.float32, device=tensors[pieces[0].tensor].device)
-    torch._foreach_copy_(*_pairs(flat, tensors, pieces, begin))
-    return flat.view(-1, BLOCK)
-
-
-def _scatter(
-    tensors: Sequence[Tensor], pieces: list[Piece], begin: int, new: Tensor, keep: Tensor | None
-) -> None:
-    ranges, views = _pairs(new.view(-1), tensors, pieces, begin)
-    if keep is not None:
-        ranges = [torch.where(keep, r.to(t.dtype), t) for r, t in zip(ranges, views, strict=True)]
-    torch._foreach_copy_(views, ranges)
-
-
-def _pairs(
-    flat: Tensor, tensors: Sequence[Tensor], pieces: list[Piece], begin: int
-) -> tuple[list[Tensor], list[Tensor]]:
-    """(ranges of `flat`, which starts at `begin` in the arena; the same elements of the tensors)."""
-    ranges = [flat[p.offset - begin : p.offset - begin + p.end - p.begin] for p in pieces]
-    return ranges, [flat_view(tensors[p.tensor])[p.begin : p.end] for p in pieces]
-
-
-# -- public functions ------------------------------------------------------------------------------
+# -- public function -------------------------------------------------------------------------------
 
 
 def optimizer_step_(
@@ -292,7 +256,7 @@ def optimizer_step_(
     step; "kahan", which keeps what was cut off for the next step. Hyper, scalars and seed are on the
     device and nothing waits for it. ValueError for what does not fit.
     """
-    check_tensors(weights, m.device)
+    check_weights(weights, m.device)
     _check_grads(weights, grads)
     _check_state(weights, m, v, m_absmax, v_absmax, ema, compensation, rounding)
     if len(groups) != len(weights):
@@ -311,41 +275,12 @@ def optimizer_step_(
         )
 
 
-def gradient_norm(grads: Sequence[Tensor]) -> Tensor:
-    """The 2-norm of all gradients together: a float32 scalar on their device, the same on every run.
-    Not finite if one of them is not. ValueError without any."""
-    if not grads:
-        raise ValueError("no gradients; there has to be one, as the norm is on its device")
-    return _gradient_norm_op([g if is_dense(g) else g.contiguous() for g in grads])
-
-
 def laid_out_as(weights: Sequence[Tensor], grads: Sequence[Tensor]) -> list[Tensor]:
     """The gradients themselves where their elements are in the order of the weight's, else copies."""
     return [
         g if g.stride() == w.stride() else torch.empty_like(w, dtype=g.dtype).copy_(g)
         for w, g in zip(weights, grads, strict=True)
     ]
-
-
-def check_tensors(weights: Sequence[Tensor], device: torch.device) -> None:
-    """ValueError for weights that no step can update."""
-    for index, w in enumerate(weights):
-        if w.dtype not in WEIGHT_DTYPES or w.device != device or not is_dense(w):
-            raise ValueError(
-                f"weight {index} is {w.dtype} on {w.device} with strides {w.stride()}; weights are"
-                f" dense float32, bf16 or fp16 tensors on the device of their state, {device}"
-            )
-
-
-def check_values(
-    name: str, x: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
-) -> None:
-    """ValueError for another shape, dtype or device, and for elements that do not follow each other."""
-    if x.shape != shape or x.dtype != dtype or x.device != device or not x.is_contiguous():
-        raise ValueError(
-            f"{name} is {x.dtype} {tuple(x.shape)} on {x.device}; expected contiguous {dtype} {shape}"
-            f" on {device}"
-        )
 
 
 def _check_grads(weights: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
@@ -380,7 +315,7 @@ def _check_state(
         if absmax is not None:
             check_values(name, absmax, (total // QUANTUM,), torch.float32, m.device)
     if ema is not None:
-        check_ema(ema, total, m.device)
+        check_ema(ema, total)
     if rounding not in ROUNDINGS:
         raise ValueError(f"rounding {rounding!r}; allowed are {', '.join(ROUNDINGS)}")
     if (compensation is not None) != (rounding == "kahan"):
@@ -391,10 +326,3 @@ def _check_state(
         raise ValueError(
             'fp16 weights are rounded to the "nearest" or with "kahan", not "stochastic"'
         )
-
-
-def check_ema(ema: Tensor, total: int, device: torch.device) -> None:
-    """ValueError for an average that is no arena of so many float32 or bf16 elements."""
-    if ema.dtype not in EMA_DTYPES:
-        raise ValueError(f"ema is {ema.dtype}; allowed are float32 and bf16")
-    check_values("ema", ema, (total,), ema.dtype, device)

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from fasttune_kernels.arena import Arena
 from fasttune_kernels.dispatch import forced
-from fasttune_kernels.optimizer_step import gradient_norm, optimizer_step_, optimizer_step_ref
+from fasttune_kernels.gradient_norm import gradient_norm
+from fasttune_kernels.optimizer_step import optimizer_step_, optimizer_step_ref
 
 BETAS, EPS = (0.9, 0.999), 1e-8
 SHAPES = ((3,), (1,), (257, 5), (2, 3, 3, 3), (1024,), (0,), (40, 33))
@@ -104,7 +105,7 @@ def test_reference_is_adamw() -> None:
         torch.testing.assert_close(w, theirs.detach(), rtol=1e-13, atol=1e-15)
 
 
-@pytest.mark.parametrize("backend", ["torch"])
+@pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_float32_follows_adamw_step_by_step(backend: str) -> None:
     run = Run(tensors(torch.float32), ema=torch.float32, hyper=((1.0, 0.0), (0.5, 0.1)))
     run.groups[1::2] = [1] * len(run.groups[1::2])
@@ -134,7 +135,9 @@ def test_float32_follows_adamw_step_by_step(backend: str) -> None:
         )
 
 
-def test_gradient_norm() -> None:
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_gradient_norm(backend: str) -> None:
     grads = tensors(torch.float32) + tensors(torch.bfloat16, seed=1)
     right = math.sqrt(sum(g.double().square().sum().item() for g in grads))
-    assert gradient_norm(grads).item() == pytest.approx(right, rel=1e-6)
+    with forced(backend):
+        assert gradient_norm(grads).item() == pytest.approx(right, rel=1e-6)
