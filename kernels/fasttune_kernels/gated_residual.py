@@ -17,11 +17,13 @@ from torch import Tensor
 from fasttune_kernels.norm_modulate import (
     backward_of_norm,
     check_norm,
+    has_kernel,
     norm_modulate_forward,
     norm_modulate_ref,
     save_norm,
     wide_dtype,
 )
+from fasttune_kernels.norm_modulate_launch import launch_forward
 
 
 def gated_residual_ref(x: Tensor, y: Tensor, gate: Tensor | None = None) -> Tensor:
@@ -74,6 +76,10 @@ def gated_residual_norm_forward(
     rms: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """out and normed (B, N, D) in x's dtype, and out's statistics as norm_modulate_forward's."""
+    if has_kernel(x):
+        out, *normed = launch_forward(x, y, gate, scale, shift, weight, bias, eps, rms)
+        assert out is not None
+        return out, *normed
     out = gated_residual_forward(x, y, gate)
     return out, *norm_modulate_forward(out, scale, shift, weight, bias, eps, rms)
 

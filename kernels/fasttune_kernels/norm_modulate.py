@@ -16,6 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fasttune_kernels.dispatch import runs_triton
+from fasttune_kernels.norm_modulate_kernels import MAX_WIDTH
+from fasttune_kernels.norm_modulate_launch import launch_backward, launch_forward
+
 
 def norm_modulate_ref(
     x: Tensor,
@@ -44,6 +48,13 @@ def norm_modulate_ref(
 def wide_dtype(x: Tensor) -> torch.dtype:
     """Of statistics, sums and gradients of vectors."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def has_kernel(x: Tensor) -> bool:
+    """Whether the norm of x runs in Triton."""
+    return (
+        runs_triton(x) and x.dtype != torch.float64 and 0 < x.numel() and x.shape[-1] <= MAX_WIDTH
+    )
 
 
 def _affine(
@@ -166,6 +177,8 @@ def norm_modulate_forward(
 
     x's last dimension is contiguous, as are the vectors' of (B, D) and (D,), of any float dtype.
     """
+    if has_kernel(x):
+        return launch_forward(x, None, None, scale, shift, weight, bias, eps, rms)[1:]
     w, c = _affine(x, scale, shift, weight, bias)
     if x.numel() == 0:
         rstd = w.new_empty(x.shape[:2])
@@ -206,6 +219,10 @@ def norm_modulate_backward(
     residual (B, N, D) is added to dx: the gradient of the stream around the norm. Gradients of
     vectors that are not wanted are empty(0).
     """
+    if has_kernel(x):
+        vectors = scale, weight, bias
+        wanted = wants_modulation, wants_weight
+        return launch_backward(dy, x, mean, rstd, *vectors, residual, rms, *wanted)
     w, _ = _affine(x, scale, None, weight, None)
     wants_sums = wants_modulation or wants_weight
     s1: Tensor | None
