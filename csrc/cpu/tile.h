@@ -1,0 +1,266 @@
+// The optimizer step of one tile of 1024 elements, in plain loops that compilers vectorise. No include
+// guard: optimizer_step.cpp includes this once for each instruction set, in a namespace of its own, with
+// FMA(a, b, c) = a b + c, rounded once where there is such an instruction.
+//
+// All arithmetic is in float32 on tiles that stay in the first-level cache. float32 tensors are worked on
+// where they are; others are widened into a buffer, and rounded or quantized out of it. So the loops are
+// one for each type, and not one for each combination of types.
+//
+// Operations come in the order of the PyTorch path (optimizer_step.py), and contraction is off, so that
+// both agree to the last bit or two. The random numbers are the same.
+
+inline float as_float(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, 4);
+  return x;
+}
+
+inline uint32_t as_bits(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  return bits;
+}
+
+// -- 16-bit types ---------------------------------------------------------------------------------
+
+void widen_bf16(const uint16_t* from, float* to) {
+  for (int i = 0; i < BLOCK; ++i) to[i] = as_float(uint32_t(from[i]) << 16);
+}
+
+void widen_fp16(const uint16_t* from, float* to) {
+  for (int i = 0; i < BLOCK; ++i) {
+    const uint32_t sign = uint32_t(from[i] & 0x8000) << 16, rest = uint32_t(from[i] & 0x7fff) << 13;
+    const uint32_t finite = rest + (112u << 23);  // the exponents' biases are 112 apart
+    const uint32_t normal = rest >= (31u << 23) ? finite + (112u << 23) : finite;  // inf, NaN
+    const uint32_t small = as_bits(as_float(rest + (113u << 23)) - as_float(113u << 23));
+    to[i] = as_float(sign | (rest < (1u << 23) ? small : normal));
+  }
+}
+
+inline uint32_t nearest_bf16(uint32_t x) {
+  const uint32_t rounded = (x + 0x7fff + ((x >> 16) & 1)) >> 16;
+  return (x & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded;  // NaN, which could become infinite
+}
+
+inline uint32_t nearest_fp16(uint32_t bits) {
+  const uint32_t x = bits & 0x7fffffff, sign = (bits >> 16) & 0x8000;
+  const uint32_t normal = (x - (112u << 23) + 0xfff + ((x >> 13) & 1)) >> 13;
+  const uint32_t small = as_bits(as_float(x) + 0.5f) - as_bits(0.5f);  // 2^-24 is the last bit of 0.5
+  const uint32_t finite = x < (113u << 23) ? small : normal;
+  const uint32_t huge = x > 0x7f800000 ? 0x7e00 : 0x7c00;
+  return sign | (x >= (143u << 23) ? huge : finite);
+}
+
+// The three below also leave in `x` what they store.
+void round_bf16(float* x, uint16_t* to) {
+  for (int i = 0; i < BLOCK; ++i) {
+    const uint32_t rounded = nearest_bf16(as_bits(x[i]));
+    to[i] = uint16_t(rounded);
+    x[i] = as_float(rounded << 16);
+  }
+}
+
+// Up with the probability of the part that is cut off; the random bits are 16 of `words` from `shift` on.
+void round_bf16_stochastic(float* x, uint16_t* to, const uint32_t* words, int shift) {
+  for (int i = 0; i < BLOCK; ++i) {
+    const uint32_t bits = as_bits(x[i]), nearest = nearest_bf16(bits);
+    const uint32_t random = (bits + ((words[i] >> shift) & 0xffff)) >> 16;
+    const uint32_t rounded = (bits & 0x7f800000) == 0x7f800000 ? nearest : random;
+    to[i] = uint16_t(rounded);
+    x[i] = as_float(rounded << 16);
+  }
+}
+
+void round_fp16(float* x, uint16_t* to) {
+  for (int i = 0; i < BLOCK; ++i) to[i] = uint16_t(nearest_fp16(as_bits(x[i])));
+  widen_fp16(to, x);
+}
+
+void widen(const void* from, int dtype, float* to) {
+  if (dtype == FLOAT32) std::memcpy(to, from, BLOCK * sizeof(float));
+  if (dtype == BFLOAT16) widen_bf16(static_cast<const uint16_t*>(from), to);
+  if (dtype == FLOAT16) widen_fp16(static_cast<const uint16_t*>(from), to);
+}
+
+// -- random bits: arena.py --------------------------------------------------------------------------
+
+void random_words(uint64_t seed, uint32_t stream, int64_t tile, uint32_t* words) {
+  constexpr uint64_t A = 0xD2511F53, B = 0xCD9E8D57;
+  const uint64_t first = uint64_t(tile) * (BLOCK / 4);  // all counters of a tile have one upper half
+  for (int begin = 0; begin < BLOCK / 4; begin += LANES) {
+    uint32_t c0[LANES], c1[LANES], c2[LANES], c3[LANES];
+    for (int i = 0; i < LANES; ++i) {
+      c0[i] = uint32_t(first) + uint32_t(begin + i);
+      c1[i] = uint32_t(first >> 32);
+      c2[i] = stream;
+      c3[i] = 0;
+    }
+    uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
+    for (int round = 0; round < PHILOX_ROUNDS; ++round) {
+      for (int i = 0; i < LANES; ++i) {
+        const uint64_t p0 = A * c0[i], p2 = B * c2[i];
+        c0[i] = uint32_t(p2 >> 32) ^ c1[i] ^ k0;
+        c2[i] = uint32_t(p0 >> 32) ^ c3[i] ^ k1;
+        c1[i] = uint32_t(p2);
+        c3[i] = uint32_t(p0);
+      }
+      k0 += 0x9E3779B9;
+      k1 += 0xBB67AE85;
+    }
+    std::memcpy(words + begin, c0, sizeof c0);
+    std::memcpy(words + QUANTUM + begin, c1, sizeof c1);
+    std::memcpy(words + 2 * QUANTUM + begin, c2, sizeof c2);
+    std::memcpy(words + 3 * QUANTUM + begin, c3, sizeof c3);
+  }
+}
+
+// -- 8-bit state ------------------------------------------------------------------------------------
+
+void dequantize(const uint8_t* codes, const float* absmax, const float* values, float* to) {
+  for (int q = 0; q < BLOCK / QUANTUM; ++q)
+    for (int i = q * QUANTUM; i < (q + 1) * QUANTUM; ++i) to[i] = values[codes[i]] * absmax[q];
+}
+
+void quantize(const float* x, uint8_t* codes, float* absmax, const Codebook& book) {
+  for (int q = 0; q < BLOCK / QUANTUM; ++q, x += QUANTUM, codes += QUANTUM) {
+    int32_t largest = 0;  // as bits, in which NaN is larger than all else
+    for (int i = 0; i < QUANTUM; ++i)
+      largest = std::max(largest, int32_t(as_bits(x[i]) & 0x7fffffff));
+    absmax[q] = as_float(uint32_t(largest));
+    const float divisor = as_float(std::max(uint32_t(largest), SMALLEST_NORMAL));
+    float scaled[QUANTUM];
+    int32_t bucket[QUANTUM];
+    for (int i = 0; i < QUANTUM; ++i) {
+      scaled[i] = x[i] / divisor;
+      const uint32_t bits = as_bits(scaled[i]);
+      const int32_t size = std::min(std::max(int32_t(bits & 0x7fffffff), FIRST_BUCKET), ONE);
+      bucket[i] = ((size - FIRST_BUCKET) >> BUCKET_SHIFT) + (bits >> 31 ? NUM_BUCKETS : 0);
+    }
+    for (int i = 0; i < QUANTUM; ++i) {
+      const int below = book.first[bucket[i]];
+      codes[i] = uint8_t(below + (scaled[i] > book.middles[below]));
+    }
+  }
+}
+
+// -- the update -------------------------------------------------------------------------------------
+
+void adamw(float* w, const float* grad, float* m, float* v, const Numbers& n) {
+#pragma GCC ivdep
+  for (int i = 0; i < BLOCK; ++i) {
+    const float g = grad[i] * n.factor;
+    m[i] = FMA(g, n.m_share, m[i] * n.beta1);
+    v[i] = FMA(n.v_share * g, g, v[i] * n.beta2);
+    const float update = m[i] / (std::sqrt(v[i]) / n.root_correction2 + n.eps);
+    w[i] = w[i] * n.rest - update * n.rate;
+  }
+}
+
+// As torch.lerp, which is exact at both ends.
+void lerp(float* average, const float* w, float share) {
+  if (std::fabs(share) < 0.5f)
+    for (int i = 0; i < BLOCK; ++i) average[i] = FMA(share, w[i] - average[i], average[i]);
+  else
+    for (int i = 0; i < BLOCK; ++i) average[i] = FMA(share - 1, w[i] - average[i], w[i]);
+}
+
+// The elements of a tensor that belong to a tile, in float32, and zeros: where they are, if they are a
+// whole tile of float32, and else in `buffer`.
+float* tile_of(void* from, int dtype, int64_t count, float* buffer) {
+  if (count == BLOCK && dtype == FLOAT32) return static_cast<float*>(from);
+  if (count == BLOCK) {
+    widen(from, dtype, buffer);
+    return buffer;
+  }
+  alignas(64) char part[BLOCK * sizeof(float)] = {};
+  std::memcpy(part, from, count * size_of(dtype));
+  widen(part, dtype, buffer);
+  return buffer;
+}
+
+void step_tile(const Step& s, int64_t tensor, int64_t begin, const Numbers& n) {
+  alignas(64) float w_buffer[BLOCK], g_buffer[BLOCK], m_buffer[BLOCK], v_buffer[BLOCK];
+  alignas(64) uint32_t words[BLOCK];
+  alignas(64) uint16_t part[BLOCK];
+  const int dtype = s.weight_dtypes[tensor], grad_dtype = s.grad_dtypes[tensor];
+  const int64_t at = s.offsets[tensor] + begin, tile = at / BLOCK;
+  const int64_t count = std::min<int64_t>(BLOCK, s.sizes[tensor] - begin);
+  char* weight = static_cast<char*>(s.weights[tensor]) + begin * size_of(dtype);
+  char* grad = static_cast<char*>(s.grads[tensor]) + begin * size_of(grad_dtype);
+
+  float* w = tile_of(weight, dtype, count, w_buffer);
+  const float* g = tile_of(grad, grad_dtype, count, g_buffer);
+  float *m = m_buffer, *v = v_buffer;
+  uint8_t *m_codes = static_cast<uint8_t*>(s.m) + at, *v_codes = static_cast<uint8_t*>(s.v) + at;
+  uint16_t *m_bf16 = static_cast<uint16_t*>(s.m) + at, *v_bf16 = static_cast<uint16_t*>(s.v) + at;
+  if (s.state_dtype == FLOAT32) {
+    m = static_cast<float*>(s.m) + at;
+    v = static_cast<float*>(s.v) + at;
+  } else if (s.state_dtype == BFLOAT16) {
+    widen_bf16(m_bf16, m);
+    widen_bf16(v_bf16, v);
+  } else {
+    dequantize(m_codes, s.m_absmax + at / QUANTUM, s.m_map, m);
+    dequantize(v_codes, s.v_absmax + at / QUANTUM, s.v_map, v);
+  }
+  uint16_t* compensation = s.compensation == nullptr ? nullptr : s.compensation + at;
+  if (compensation != nullptr) {
+    if (w != w_buffer) std::memcpy(w_buffer, w, sizeof w_buffer);
+    w = w_buffer;
+    for (int i = 0; i < BLOCK; ++i) w[i] += as_float(uint32_t(compensation[i]) << 16);
+  }
+
+  adamw(w, g, m, v, n);
+
+  if (s.state_dtype == BFLOAT16) {
+    random_words(n.seed, 1, tile, words);
+    round_bf16_stochastic(m, m_bf16, words, 16);
+    round_bf16_stochastic(v, v_bf16, words, 0);
+  } else if (s.state_dtype == UINT8) {
+    quantize(m, m_codes, s.m_absmax + at / QUANTUM, *n.m_book);
+    quantize(v, v_codes, s.v_absmax + at / QUANTUM, *n.v_book);
+  }
+  const bool stochastic = s.rounding == STOCHASTIC && dtype == BFLOAT16;
+  if (stochastic || (s.ema != nullptr && s.ema_dtype == BFLOAT16))
+    random_words(n.seed, 0, tile, words);
+  if (dtype != FLOAT32) {
+    float* exact = g_buffer;  // the gradient has been used
+    if (compensation != nullptr) std::memcpy(exact, w, sizeof g_buffer);
+    uint16_t* to = count == BLOCK ? reinterpret_cast<uint16_t*>(weight) : part;
+    if (dtype == FLOAT16) round_fp16(w, to);
+    else if (stochastic) round_bf16_stochastic(w, to, words, 0);
+    else round_bf16(w, to);
+    if (compensation != nullptr) {
+      for (int i = 0; i < BLOCK; ++i) exact[i] -= w[i];
+      round_bf16(exact, compensation);
+    }
+    if (count < BLOCK) std::memcpy(weight, part, count * 2);
+  } else {
+    if (compensation != nullptr) std::memset(compensation, 0, BLOCK * 2);
+    if (reinterpret_cast<char*>(w) != weight) std::memcpy(weight, w, count * sizeof(float));
+  }
+  if (s.ema != nullptr && s.ema_dtype == FLOAT32) {
+    lerp(static_cast<float*>(s.ema) + at, w, n.ema_share);
+  } else if (s.ema != nullptr) {
+    uint16_t* average = static_cast<uint16_t*>(s.ema) + at;
+    widen_bf16(average, m_buffer);
+    lerp(m_buffer, w, n.ema_share);
+    round_bf16_stochastic(m_buffer, average, words, 16);
+  }
+}
+
+// -- the norm ---------------------------------------------------------------------------------------
+
+// Squares of float32 are exact in float64. 16 sums, whatever the width of the machine's vectors, so that
+// the result does not depend on it.
+double sum_of_squares(const void* from, int dtype, int64_t count) {
+  double sums[LANES] = {};
+  alignas(64) float buffer[BLOCK];
+  const char* data = static_cast<const char*>(from);
+  for (int64_t begin = 0; begin < count; begin += BLOCK, data += BLOCK * size_of(dtype)) {
+    const float* x = tile_of(const_cast<char*>(data), dtype, std::min<int64_t>(BLOCK, count - begin), buffer);
+    for (int i = 0; i < BLOCK; i += LANES)
+      for (int lane = 0; lane < LANES; ++lane) sums[lane] += double(x[i + lane]) * double(x[i + lane]);
+  }
+  return sum_pairwise(sums, LANES);
+}
