@@ -20,7 +20,19 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
+from fasttune_kernels.dispatch import arch, runs_triton
+from fasttune_kernels.qk_norm_rope_kernels import (
+    SUM_OPTIONS,
+    SUM_TILE,
+    QkNormRopeConfig,
+    backward_kernel,
+    forward_kernel,
+    sum_kernel,
+)
+
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+Inputs = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor, Tensor]
+"""qkv, q_weight, k_weight, those of the text, cos, sin."""
 
 
 def qk_norm_rope_ref(
@@ -71,16 +83,19 @@ def qk_norm_rope_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """q, k, v, each (B, T + N, H, E) and contiguous, text tokens first. Without text v is empty (0):
     the caller has it, qkv[:, :, 2]."""
-    q, k, v = _empty_outputs(qkv, text_qkv)
-    for x, weights, tokens in _sources(
-        qkv, q_weight, k_weight, text_qkv, text_q_weight, text_k_weight
-    ):
+    q, k, v = outputs = _empty_outputs(qkv, text_qkv)
+    text = text_qkv, text_q_weight, text_k_weight
+    inputs = qkv, q_weight, k_weight, *text, cos, sin
+    if runs_triton(qkv) and qkv.dtype is not torch.float64:
+        _launch_forward(outputs, inputs, eps)
+        return outputs
+    for x, (q_weight, k_weight), tokens in _sources(inputs):
         rotation = torch.complex(cos[tokens], sin[tokens])[:, None]
-        for slot, out in enumerate((q, k)):
-            _norm_rotate(x[:, :, slot], weights[slot], rotation, eps, out[:, tokens])
+        _norm_rotate(x[:, :, 0], q_weight, rotation, eps, q[:, tokens])
+        _norm_rotate(x[:, :, 1], k_weight, rotation, eps, k[:, tokens])
         if text_qkv is not None:
             v[:, tokens].copy_(x[:, :, 2])
-    return q, k, v
+    return outputs
 
 
 @torch.library.custom_op("fasttune::qk_norm_rope_backward", mutates_args=())
@@ -104,38 +119,106 @@ def qk_norm_rope_backward(
     (E,) float32. What is not wanted, or is text without text, is empty (0)."""
     gradients = _empty_gradients(qkv, text_qkv, wants_weights)
     dqkv, dtext_qkv, *dweights = gradients
-    for x, weights, tokens in _sources(
-        qkv, q_weight, k_weight, text_qkv, text_q_weight, text_k_weight
-    ):
-        is_text = x is text_qkv
-        dx = dtext_qkv if is_text else dqkv
-        rotation = torch.complex(cos[tokens], -sin[tokens])[:, None]
-        for slot, dy in enumerate((dq, dk)):
-            dweight = dweights[slot + 2 * is_text]
+    text = text_qkv, text_q_weight, text_k_weight
+    inputs = qkv, q_weight, k_weight, *text, cos, sin
+    if runs_triton(qkv) and qkv.dtype is not torch.float64:
+        _launch_backward(gradients, dq, dk, dv, inputs, eps)
+        return gradients
+    for x, (q_weight, k_weight), tokens in _sources(inputs):
+        dx, sums = (dtext_qkv, dweights[2:]) if x is text_qkv else (dqkv, dweights[:2])
+        turn_back = torch.complex(cos[tokens], -sin[tokens])[:, None]
+        for slot, (dy, weight) in enumerate(((dq, q_weight), (dk, k_weight))):
             _norm_rotate_backward(
-                dy[:, tokens], x[:, :, slot], weights[slot], rotation, eps, dx[:, :, slot], dweight
+                dy[:, tokens], x[:, :, slot], weight, turn_back, eps, dx[:, :, slot], sums[slot]
             )
-        if dv is None:
-            dx[:, :, 2].zero_()
-        else:
-            dx[:, :, 2].copy_(dv[:, tokens])
+        dx[:, :, 2].copy_(dx.new_zeros(()) if dv is None else dv[:, tokens])
     return gradients
 
 
-def _sources(
-    qkv: Tensor,
-    q_weight: Tensor,
-    k_weight: Tensor,
-    text_qkv: Tensor | None,
-    text_q_weight: Tensor | None,
-    text_k_weight: Tensor | None,
-) -> list[tuple[Tensor, tuple[Tensor, Tensor], slice]]:
+def _launch_forward(outputs: tuple[Tensor, Tensor, Tensor], inputs: Inputs, eps: float) -> None:
+    q, k, v = outputs
+    if not q.numel():
+        return
+    config = _config(q)
+    forward_kernel[config.tiles * q.shape[1], len(q)](
+        q,
+        k,
+        v if v.numel() else None,
+        *_arguments(inputs, eps),
+        **config.constants(),
+        **config.options(),
+    )
+
+
+def _launch_backward(
+    gradients: Gradients, dq: Tensor, dk: Tensor, dv: Tensor | None, inputs: Inputs, eps: float
+) -> None:
+    dqkv, dtext_qkv, *dweights = gradients
+    has_text, has_weights = inputs[3] is not None, dweights[0].numel() > 0
+    config = _config(dqkv)
+    tokens = config.tokens if has_weights else 1
+    text_blocks = -(-dtext_qkv.shape[1] // tokens) if has_text else 0
+    blocks = text_blocks + -(-dqkv.shape[1] // tokens)
+    rows = len(dqkv) * config.tiles  # of sums, in a block of tokens
+    sums = None
+    if has_weights:
+        sums = dqkv.new_empty(blocks * rows, 2, config.head_width, dtype=torch.float32)
+    if dqkv.numel() + dtext_qkv.numel():
+        dy = _dense(dq), _dense(dk), None if dv is None else _dense(dv)
+        backward_kernel[config.tiles * blocks, len(dqkv)](
+            dqkv,
+            dtext_qkv if has_text else None,
+            sums,
+            *dy,
+            *(stride for x in dy for stride in _strides(x, 3)),
+            *_arguments(inputs, eps),
+            TOKENS=tokens,
+            **config.constants(),
+            **config.options(),
+        )
+    if sums is not None:
+        sum_kernel[-(-config.head_width // SUM_TILE["COLUMNS"]), 4 if has_text else 2](
+            *dweights[:2],
+            *(dweights[2:] if has_text else (None, None)),
+            sums,
+            text_blocks * rows,
+            blocks * rows,
+            WIDTH=config.head_width,
+            **SUM_TILE,
+            **SUM_OPTIONS,
+        )
+
+
+def _config(x: Tensor) -> QkNormRopeConfig:
+    num_heads, head_width = x.shape[-2:]
+    return QkNormRopeConfig.from_heuristic(num_heads, head_width, x.element_size(), arch(x.device))
+
+
+def _dense(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _strides(x: Tensor | None, dims: int) -> tuple[int, ...]:
+    return (0,) * dims if x is None else x.stride()[:dims]
+
+
+def _arguments(inputs: Inputs, eps: float) -> tuple[Tensor | float | None, ...]:
+    """What both kernels read, from qkv_ptr to text_head_stride."""
+    rows = [x if x is None else _dense(x) for x in inputs[:6]]
+    num_tokens, num_text = len(inputs[6]), 0 if rows[3] is None else rows[3].shape[1]
+    tables = (table.contiguous() for table in inputs[6:])
+    strides = _strides(rows[0], 4) + _strides(rows[3], 4)
+    return (*rows, *tables, eps, num_text, num_tokens, *strides)
+
+
+def _sources(inputs: Inputs) -> list[tuple[Tensor, tuple[Tensor, Tensor], slice]]:
     """Each buffer with its weights and the tokens that it has of the outputs."""
-    num_text = 0 if text_qkv is None else text_qkv.shape[1]
-    sources = [(qkv, (q_weight, k_weight), slice(num_text, None))]
-    if text_qkv is not None and text_q_weight is not None and text_k_weight is not None:
-        sources.append((text_qkv, (text_q_weight, text_k_weight), slice(0, num_text)))
-    return sources
+    qkv, q_weight, k_weight, text_qkv, text_q_weight, text_k_weight, *_ = inputs
+    if text_qkv is None or text_q_weight is None or text_k_weight is None:
+        return [(qkv, (q_weight, k_weight), slice(None))]
+    num_text = text_qkv.shape[1]
+    text = text_qkv, (text_q_weight, text_k_weight), slice(0, num_text)
+    return [text, (qkv, (q_weight, k_weight), slice(num_text, None))]
 
 
 def _rstd(x: Tensor, eps: float) -> Tensor:
