@@ -71,6 +71,10 @@ class NormConfig:
         rows = max(self.min_rows, -(-tokens // ranges))
         return -(-rows // self.block_rows) * self.block_rows
 
+    def blocks(self) -> dict[str, int]:
+        """The kernels' constants."""
+        return {"BLOCK_ROWS": self.block_rows, "BLOCK_WIDTH": self.block_width}
+
     def options(self) -> dict[str, Any]:
         """The compiler's. Rows are loaded once and whole, with nothing to pipeline."""
         return {"num_warps": self.num_warps, "num_stages": 1, "enable_fp_fusion": True}

@@ -1,9 +1,13 @@
 """How `norm_modulate`'s kernels are launched, and which of them ship."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from fasttune_kernels.dispatch import arch, num_processors
+from fasttune_kernels.launch import TARGETS, Launch
 from fasttune_kernels.norm_modulate_kernels import (
     SUMS_BLOCKS,
     SUMS_OPTIONS,
@@ -72,8 +76,7 @@ def launch_forward(
         _stride(scale),
         _stride(shift),
         eps,
-        BLOCK_ROWS=config.block_rows,
-        BLOCK_WIDTH=config.block_width,
+        **config.blocks(),
         **config.options(),
     )
     return out, normed, rstd.new_empty(0) if mean is None else mean, rstd
@@ -121,8 +124,7 @@ def launch_backward(
         *_strides(x),
         *_strides(residual),
         _stride(scale),
-        BLOCK_ROWS=config.block_rows,
-        BLOCK_WIDTH=config.block_width,
+        **config.blocks(),
         **config.options(),
     )
     vectors = (samples, width) if wants_modulation else (0,)
@@ -168,4 +170,102 @@ _BACKWARD = (
 _SUM = (
     *("sums_ptr", "scale_ptr", "weight_ptr", "bias_ptr", "dscale_ptr", "dshift_ptr"),
     *("dweight_ptr", "dbias_ptr", "samples", "ranges", "width", "scale_stride"),
+)
+
+
+_STREAM = ("x_ptr", "y_ptr", "out_ptr", "normed_ptr", "dy_ptr", "residual_ptr", "dx_ptr")
+_VECTORS = ("gate_ptr", "scale_ptr", "shift_ptr", "weight_ptr", "bias_ptr")
+_SUMS = ("mean_ptr", "rstd_ptr", "sums_ptr", "dscale_ptr", "dshift_ptr", "dweight_ptr", "dbias_ptr")
+_TYPES = {
+    **dict.fromkeys(_STREAM + _VECTORS, "*bf16"),
+    **dict.fromkeys(_SUMS, "*fp32"),
+    "eps": "fp32",
+}
+_UNALIGNED = ("eps", "samples", "ranges", "rows_of_range")
+
+
+def _launch(
+    name: str,
+    kernel: Callable[[], Any],
+    arguments: tuple[str, ...],
+    given: str,
+    blocks: dict[str, int],
+    options: dict[str, Any],
+    targets: tuple[str, ...],
+    ones: tuple[str, ...] = (),
+) -> Launch:
+    """A launch with the pointers of `given`, those of the others None. An absent tensor's strides
+    are 0, which 16 divides."""
+    pointers = [f"{pointer}_ptr" for pointer in given.split()]
+    signature = {
+        argument: _TYPES.get(argument, "i32")
+        for argument in arguments
+        if argument not in ones and (argument in pointers or not argument.endswith("_ptr"))
+    }
+    absent = {argument: None for argument in arguments if argument not in (*signature, *ones)}
+    return Launch(
+        name=f"{name} bf16",
+        kernel=kernel,
+        signature=signature,
+        constants={**absent, **dict.fromkeys(ones, 1), **blocks},
+        aligned=tuple(argument for argument in signature if argument not in _UNALIGNED),
+        **options,
+        targets=targets,
+    )
+
+
+_FORWARD = (
+    *("x_ptr", "y_ptr", "gate_ptr", "scale_ptr", "shift_ptr", "weight_ptr", "bias_ptr"),
+    *("out_ptr", "normed_ptr", "mean_ptr", "rstd_ptr", "tokens", "width"),
+    *("x_batch_stride", "x_row_stride", "y_batch_stride", "y_row_stride"),
+    *("gate_stride", "scale_stride", "shift_stride", "eps"),
+)
+_BACKWARD = (
+    *("dy_ptr", "x_ptr", "mean_ptr", "rstd_ptr", "scale_ptr", "weight_ptr", "residual_ptr"),
+    *("dx_ptr", "sums_ptr", "tokens", "rows_of_range", "width"),
+    *("dy_batch_stride", "dy_row_stride", "x_batch_stride", "x_row_stride"),
+    *("residual_batch_stride", "residual_row_stride", "scale_stride"),
+)
+_SUM = (
+    *("sums_ptr", "scale_ptr", "weight_ptr", "bias_ptr", "dscale_ptr", "dshift_ptr"),
+    *("dweight_ptr", "dbias_ptr", "samples", "ranges", "width", "scale_stride"),
+)
+_MODULATED = "x normed mean rstd scale shift"
+_WEIGHTED = "x normed mean rstd weight bias"
+_GRADIENT = "dy x mean rstd residual dx"
+
+_ROWS = (
+    ("norm_forward", 3072, _MODULATED),
+    ("norm_forward", 320, _WEIGHTED),
+    ("norm_forward gated", 3072, f"{_MODULATED} y gate out"),
+    ("norm_forward added", 1280, f"{_WEIGHTED} y out"),
+    ("norm_backward", 3072, f"{_GRADIENT} scale sums"),
+    ("norm_backward", 320, f"{_GRADIENT} weight sums"),
+    ("norm_backward frozen", 1280, f"{_GRADIENT} weight"),
+)
+"""Flux has 3072 channels and modulation; SDXL 640 and 1280 with weights, SD 1 also 320."""
+
+LAUNCHES = (
+    *(
+        _launch(
+            f"{name} D={width}",
+            (lambda: norm_forward_kernel) if "forward" in name else (lambda: norm_backward_kernel),
+            _FORWARD if "forward" in name else _BACKWARD,
+            given,
+            config.blocks(),
+            config.options(),
+            targets,
+            # Without sums a program has the rows of one tile, and at 1280 that is one.
+            ones=("rows_of_range",) if "frozen" in name else (),
+        )
+        for name, width, given in _ROWS
+        for targets, config in NormConfig.by_target(width)
+    ),
+    *(
+        _launch(name, lambda: norm_sums_kernel, _SUM, given, SUMS_BLOCKS, SUMS_OPTIONS, TARGETS)
+        for name, given in (
+            ("norm_sums modulation", "sums dscale dshift"),
+            ("norm_sums weights", "sums dweight dbias"),
+        )
+    ),
 )
