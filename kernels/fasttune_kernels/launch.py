@@ -18,7 +18,15 @@ AMD = ("gfx942", "gfx950", "gfx1100", "gfx1201")
 """MI300; MI350; RX 7900; RX 9070."""
 TARGETS = NVIDIA + AMD
 
-OP_FILES: tuple[str, ...] = ("geglu", "gelu_tanh")
+OP_FILES: tuple[str, ...] = (
+    "ema_step",
+    "flash_attention",
+    "geglu",
+    "gelu_tanh",
+    "gradient_norm",
+    "optimizer_step_kernels",
+    "short_attention",
+)
 """Modules of this package that have LAUNCHES."""
 
 
