@@ -4,6 +4,7 @@ Networks call these and never a backend: which kernel runs is decided here, by d
 """
 
 from fasttune_kernels.attention import attention
+from fasttune_kernels.diffusion_loss import diffusion_loss
 from fasttune_kernels.gated_residual import gated_residual, gated_residual_norm_modulate
 from fasttune_kernels.geglu import geglu
 from fasttune_kernels.gelu_tanh import gelu_tanh
@@ -13,6 +14,7 @@ from fasttune_kernels.norm_modulate import norm_modulate
 
 __all__ = [
     "attention",
+    "diffusion_loss",
     "gated_residual",
     "gated_residual_norm_modulate",
     "geglu",

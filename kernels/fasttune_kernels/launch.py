@@ -19,6 +19,7 @@ AMD = ("gfx942", "gfx950", "gfx1100", "gfx1201")
 TARGETS = NVIDIA + AMD
 
 OP_FILES: tuple[str, ...] = (
+    "diffusion_loss",
     "ema_step",
     "flash_attention",
     "geglu",
