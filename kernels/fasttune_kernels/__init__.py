@@ -11,6 +11,7 @@ from fasttune_kernels.gelu_tanh import gelu_tanh
 from fasttune_kernels.group_norm_silu import group_norm_silu
 from fasttune_kernels.lora_linear import lora_linear
 from fasttune_kernels.norm_modulate import norm_modulate
+from fasttune_kernels.qk_norm_rope import qk_norm_rope
 
 __all__ = [
     "attention",
@@ -22,4 +23,5 @@ __all__ = [
     "group_norm_silu",
     "lora_linear",
     "norm_modulate",
+    "qk_norm_rope",
 ]

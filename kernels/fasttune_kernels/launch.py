@@ -26,6 +26,7 @@ OP_FILES: tuple[str, ...] = (
     "gelu_tanh",
     "gradient_norm",
     "optimizer_step_kernels",
+    "qk_norm_rope_kernels",
     "short_attention",
 )
 """Modules of this package that have LAUNCHES."""
