@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fasttune_kernels.dispatch import runs_triton
+from fasttune_kernels.gated_residual_kernels import launch_gate, launch_gate_backward
 from fasttune_kernels.norm_modulate import (
     backward_of_norm,
     check_norm,
@@ -30,6 +32,10 @@ def gated_residual_ref(x: Tensor, y: Tensor, gate: Tensor | None = None) -> Tens
     """The definition, arguments as in gated_residual; in float32, or in float64 for float64."""
     x, y = x.to(wide_dtype(x)), y.to(wide_dtype(x))
     return x + y if gate is None else x + gate[:, None] * y
+
+
+def _has_kernel(x: Tensor) -> bool:
+    return runs_triton(x) and x.dtype != torch.float64 and x.numel() > 0
 
 
 def gated_residual_norm_modulate_ref(
@@ -52,6 +58,8 @@ def gated_residual_norm_modulate_ref(
 @torch.library.custom_op("fasttune::gated_residual_forward", mutates_args=())
 def gated_residual_forward(x: Tensor, y: Tensor, gate: Tensor | None) -> Tensor:
     """x + gate y (B, N, D) of x, y (B, N, D) of one dtype and gate (B, D) of any float dtype."""
+    if _has_kernel(x):
+        return launch_gate(x, y, gate)
     out = x.new_empty(x.shape)
     if gate is None:
         return torch.add(x, y, out=out)
@@ -77,9 +85,9 @@ def gated_residual_norm_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """out and normed (B, N, D) in x's dtype, and out's statistics as norm_modulate_forward's."""
     if has_kernel(x):
-        out, *normed = launch_forward(x, y, gate, scale, shift, weight, bias, eps, rms)
+        out, normed, mean, rstd = launch_forward(x, y, gate, scale, shift, weight, bias, eps, rms)
         assert out is not None
-        return out, *normed
+        return out, normed, mean, rstd
     out = gated_residual_forward(x, y, gate)
     return out, *norm_modulate_forward(out, scale, shift, weight, bias, eps, rms)
 
@@ -109,15 +117,17 @@ def gated_residual_backward(
 
     y is for dgate alone. dx is dout itself, as is dy without a gate: then it is a copy here.
     """
+    assert y is not None or not wants_gate, "dgate needs y"
+    if gate is not None and _has_kernel(dout):
+        return launch_gate_backward(dout, y, gate, wants_gate)
     dy = dout.new_empty(dout.shape)
     if gate is None:
         dy.copy_(dout)
     else:
         torch.mul(dout, gate[:, None], out=dy)
     dtype = wide_dtype(dout)
-    if not wants_gate:
+    if y is None or not wants_gate:
         return dy, dout.new_empty(0, dtype=dtype)
-    assert y is not None, "dgate needs y"
     dgate = dout.new_empty((dout.shape[0], dout.shape[2]), dtype=dtype)
     for b in range(len(dout)):
         torch.sum(dout[b].to(dtype) * y[b], 0, out=dgate[b])

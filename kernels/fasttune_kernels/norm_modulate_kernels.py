@@ -158,6 +158,11 @@ def norm_forward_kernel(
 
 
 @jit
+def _add_both(a1, a0, b1, b0):
+    return a1 + b1, a0 + b0
+
+
+@jit
 def norm_backward_kernel(
     dy_ptr,
     x_ptr,
@@ -204,6 +209,9 @@ def norm_backward_kernel(
         mask = here[:, None] & inside[None, :]
         x_hat = _load(x_ptr, rows[:, None] * x_row_stride + column[None, :], mask)
         dy = _load(dy_ptr, rows[:, None] * dy_row_stride + column[None, :], mask)
+        if residual_ptr is not None:  # now, so that it is on its way during the reductions
+            offsets = rows[:, None] * residual_row_stride + column[None, :]
+            residual = _load(residual_ptr, offsets, mask)
         rstd = _load(rstd_ptr + row_of_all, rows, here)
         if mean_ptr is not None:
             x_hat -= _load(mean_ptr + row_of_all, rows, here)[:, None]
@@ -213,13 +221,14 @@ def norm_backward_kernel(
             s1 += dy * x_hat
             s0 += dy
         dy *= w[None, :]
-        dx = dy - x_hat * (tl.sum(dy * x_hat, 1) / width)[:, None]
-        if mean_ptr is not None:
-            dx -= (tl.sum(dy, 1) / width)[:, None]
+        if mean_ptr is None:
+            dx = dy - x_hat * (tl.sum(dy * x_hat, 1) / width)[:, None]
+        else:  # one exchange between the warps for both sums
+            product, plain = tl.reduce((dy * x_hat, dy), 1, _add_both)
+            dx = dy - x_hat * (product / width)[:, None] - (plain / width)[:, None]
         dx *= rstd[:, None]
         if residual_ptr is not None:
-            offsets = rows[:, None] * residual_row_stride + column[None, :]
-            dx += _load(residual_ptr, offsets, mask)
+            dx += residual
         offsets = rows[:, None] * width + column[None, :]
         tl.store(dx_ptr + row_of_all * width + offsets, dx.to(dx_ptr.dtype.element_ty), mask)
     if sums_ptr is not None:
