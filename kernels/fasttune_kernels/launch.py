@@ -26,6 +26,7 @@ OP_FILES: tuple[str, ...] = (
     "geglu",
     "gelu_tanh",
     "gradient_norm",
+    "lora_linear_launches",
     "norm_modulate_launch",
     "optimizer_step_kernels",
     "qk_norm_rope_kernels",
