@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 from fasttune.errors import ConfigError, ModelError
-from fasttune.losses import LossName, distance
+from fasttune.losses import LossName
+from fasttune_kernels.diffusion_loss import diffusion_loss
 
 Prediction = Literal["epsilon", "v_prediction"]
 BetaSchedule = Literal["scaled_linear", "linear"]
@@ -331,15 +332,21 @@ class Ddpm:
         """
         signal, std = self._signal_and_noise(t)
         prediction = predict(add_noise(clean_latents, noise, signal, std), t)
-        if self.prediction == "epsilon":
-            target = noise
-        else:
-            target = v_target(clean_latents, noise, signal, std)
-        loss = distance(prediction, target, loss=self.loss_name, huber_delta=self.huber_delta)
-        if self.min_snr_gamma is None:
-            return loss
-        snr = (signal / std).square()
-        return loss * min_snr_weight(snr, gamma=self.min_snr_gamma, prediction=self.prediction)
+        weight = None
+        if self.min_snr_gamma is not None:
+            snr = (signal / std).square()
+            weight = min_snr_weight(snr, gamma=self.min_snr_gamma, prediction=self.prediction)
+        is_epsilon = self.prediction == "epsilon"  # else the target is `v_target`
+        return diffusion_loss(
+            prediction,
+            None if is_epsilon else clean_latents,
+            noise,
+            clean_factor=None if is_epsilon else -std,
+            noise_factor=None if is_epsilon else signal,
+            weight=weight,
+            kind=self.loss_name,
+            huber_delta=self.huber_delta,
+        )
 
     def _signal_and_noise(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """sqrt(abar_t) and sqrt(1 - abar_t), each (B,) float32 on t's device."""

@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 from fasttune.errors import ConfigError, ModelError
-from fasttune.losses import LossName, distance
+from fasttune.losses import LossName
+from fasttune_kernels.diffusion_loss import diffusion_loss
 
 Shift = Literal["none", "resolution"] | float
 
@@ -292,9 +293,11 @@ class FlowMatching:
         predict(noisy_latents (B, C, H, W) float32, t (B,)) -> velocity (B, C, H, W).
         """
         prediction = predict(interpolate(clean_latents, noise, t), t)
-        return distance(
+        return diffusion_loss(  # from `velocity`
             prediction,
-            velocity(clean_latents, noise),
-            loss=self.loss_name,
+            clean_latents,
+            noise,
+            clean_factor=torch.full_like(t, -1.0),
+            kind=self.loss_name,
             huber_delta=self.huber_delta,
         )
