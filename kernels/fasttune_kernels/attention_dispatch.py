@@ -62,7 +62,7 @@ class Rule:
             and case.is_masked in self.masked
             and (case.width in self.widths or not self.widths)
             and case.width <= self.max_width
-            and case.width % 8 == 0  # 16 bytes of 16-bit numbers: all kernels load these at once
+            and case.width % 8 == 0  # all kernels load 16 bytes at once
             and case.num_keys <= self.max_keys
             and case.num_queries % self.multiple == 0
             and case.num_keys % self.multiple == 0
@@ -135,7 +135,7 @@ def backend_of(q: Tensor, k: Tensor, mask: Tensor | None) -> Backend:
     """Backend of a call with these tensors: q (B, L, H, E), k (B, S, H, E)."""
     if q.numel() == 0 or k.numel() == 0:
         return "math"
-    own = runs_triton(q) and q.dtype != torch.float64
+    own = runs_triton(q) and q.dtype != torch.float64 and q.shape[3] % 8 == 0
     if q.is_cuda:
         case = Case(
             arch=arch(q.device),

@@ -21,7 +21,7 @@ from fasttune_kernels import flash_attention_kernels as kernels
 from fasttune_kernels.dispatch import arch, num_processors
 from fasttune_kernels.jit import next_power_of_2
 from fasttune_kernels.launch import Launch
-from fasttune_kernels.short_attention import sum_chunks
+from fasttune_kernels.short_attention import aligned, strides, sum_chunks
 
 RDNA = ("gfx1100", "gfx1201")
 """The targets it ships for: SDPA is plain math there, see attention_dispatch.py."""
@@ -95,7 +95,9 @@ _TILES = {
 def flash_attention_forward(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """As `attention.attention_forward`, for at least one key and heads of at most MAX_WIDTH."""
+    """As `attention.attention_forward`, for at least one key and heads of at most MAX_WIDTH, a multiple of
+    8."""
+    q, k, v = aligned(q), aligned(k), aligned(v)
     B, L, H, E = q.shape
     config = FlashConfig.from_heuristic(kernel="forward", width=E, arch=arch(q.device))
     out = q.new_empty(q.shape)
@@ -111,7 +113,7 @@ def flash_attention_forward(
         k.shape[1],
         H,
         E**-0.5 * _LOG2E,
-        *_strides(q, k, v),
+        *strides(q, k, v),
         HAS_MASK=mask is not None,
         **config.keywords(E),
     )
@@ -122,6 +124,7 @@ def flash_attention_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, mask: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `attention.attention_backward`; dout and out are contiguous."""
+    q, k, v = aligned(q), aligned(k), aligned(v)
     B, L, H, E = q.shape
     S, scale = k.shape[1], E**-0.5 * _LOG2E
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
@@ -141,7 +144,7 @@ def flash_attention_backward(
         S,
         H,
         scale,
-        *_strides(q, k, v),
+        *strides(q, k, v),
         HAS_MASK=mask is not None,
         **config.keywords(E),
     )
@@ -168,7 +171,7 @@ def flash_attention_backward(
             H,
             B,
             scale,
-            *_strides(q, k, v),
+            *strides(q, k, v),
             per_program,
             HAS_DK=has_dk,
             HAS_DV=has_dv,
@@ -192,10 +195,6 @@ def _mask_or(mask: Tensor | None, absent: Tensor) -> Tensor:
     return absent if mask is None else mask.contiguous().view(torch.uint8)
 
 
-def _strides(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, ...]:
-    return (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
-
-
 _TENSORS = {
     "forward": ("q", "k", "v", "mask", "out", "lse"),
     "dq": ("dout", "q", "k", "v", "mask", "out", "lse", "delta", "dq"),
@@ -207,6 +206,7 @@ _KERNELS = {
     "dkdv": kernels.flash_attention_dkdv,
 }
 _STRIDE_NAMES = tuple(f"{x}_stride_{d}" for x in "qkv" for d in ("blh" if x == "q" else "bsh"))
+_ALIGNED_STRIDES = tuple(name for name in _STRIDE_NAMES if not name.endswith("_h"))
 
 
 def _launches(kernel: str, width: int, target: str) -> list[Launch]:
@@ -227,7 +227,7 @@ def _launches(kernel: str, width: int, target: str) -> list[Launch]:
             kernel=lambda: _KERNELS[kernel],
             signature={**pointers, **dict.fromkeys(integers, "i32"), "scale": "fp32"},
             constants={**constants, **wanted, "HAS_MASK": False},
-            aligned=(*pointers, "num_queries", "num_keys", *_STRIDE_NAMES, *last[1:]),
+            aligned=(*pointers, "num_queries", "num_keys", *_ALIGNED_STRIDES, *last[1:]),
             targets=(target,),
             matrix=True,
             **keywords,

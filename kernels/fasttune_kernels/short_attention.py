@@ -110,7 +110,7 @@ def _short_attention_forward(
     scale,  # of the scores, in base 2
     q_stride_b,
     q_stride_l,
-    q_stride_h,
+    q_stride_h,  # of 8 numbers: loads of 16 bytes
     k_stride_b,
     k_stride_s,
     k_stride_h,
@@ -129,9 +129,9 @@ def _short_attention_forward(
     row = tl.arange(0, BLOCK_QUERIES)
     columns = tl.arange(0, BLOCK_WIDTH)
     keys = tl.arange(0, BLOCK_KEYS)
-    q_ptr += batch * q_stride_b + head * q_stride_h
-    k_ptr += batch * k_stride_b + head * k_stride_h
-    v_ptr += batch * v_stride_b + head * v_stride_h
+    q_ptr += batch * q_stride_b + head * (q_stride_h * 8)
+    k_ptr += batch * k_stride_b + head * (k_stride_h * 8)
+    v_ptr += batch * v_stride_b + head * (v_stride_h * 8)
     out_ptr += (batch * num_queries * num_heads + head) * WIDTH
     lse_ptr += (batch * num_heads + head) * num_queries
     k = load_rows(k_ptr, keys, num_keys, k_stride_s, BLOCK_WIDTH, WIDTH)
@@ -172,7 +172,7 @@ def _short_attention_backward(
     scale,  # of the scores, in base 2
     q_stride_b,
     q_stride_l,
-    q_stride_h,
+    q_stride_h,  # of 8 numbers: loads of 16 bytes
     k_stride_b,
     k_stride_s,
     k_stride_h,
@@ -191,9 +191,9 @@ def _short_attention_backward(
     row = tl.arange(0, BLOCK_QUERIES)
     columns = tl.arange(0, BLOCK_WIDTH)
     keys = tl.arange(0, BLOCK_KEYS)
-    q_ptr += batch * q_stride_b + head * q_stride_h
-    k_ptr += batch * k_stride_b + head * k_stride_h
-    v_ptr += batch * v_stride_b + head * v_stride_h
+    q_ptr += batch * q_stride_b + head * (q_stride_h * 8)
+    k_ptr += batch * k_stride_b + head * (k_stride_h * 8)
+    v_ptr += batch * v_stride_b + head * (v_stride_h * 8)
     token = num_heads * WIDTH
     own = (batch * num_queries * num_heads + head) * WIDTH
     lse_ptr += (batch * num_heads + head) * num_queries
@@ -250,7 +250,9 @@ def _short_attention_sum(partial_ptr, dk_ptr, dv_ptr, size, num_chunks, BLOCK: t
 
 
 def short_attention_forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """As `attention.attention_forward`, for 1 to MAX_KEYS keys and heads of at most MAX_WIDTH."""
+    """As `attention.attention_forward`, for 1 to MAX_KEYS keys and heads of at most MAX_WIDTH, a
+    multiple of 8."""
+    q, k, v = aligned(q), aligned(k), aligned(v)
     B, L, H, E = q.shape
     config, chunks, per_program = _plan(q, k, is_backward=False)
     out = q.new_empty(q.shape)
@@ -265,9 +267,7 @@ def short_attention_forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Te
         k.shape[1],
         H,
         E**-0.5 * _LOG2E,
-        *q.stride()[:3],
-        *k.stride()[:3],
-        *v.stride()[:3],
+        *strides(q, k, v),
         per_program,
         **config.keywords(E),
     )
@@ -278,6 +278,7 @@ def short_attention_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `attention.attention_backward`; dout and out are contiguous."""
+    q, k, v = aligned(q), aligned(k), aligned(v)
     B, L, H, E = q.shape
     config, chunks, per_program = _plan(q, k, is_backward=True)
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
@@ -296,14 +297,24 @@ def short_attention_backward(
         H,
         B,
         E**-0.5 * _LOG2E,
-        *q.stride()[:3],
-        *k.stride()[:3],
-        *v.stride()[:3],
+        *strides(q, k, v),
         per_program,
         **config.keywords(E),
     )
     sum_chunks(partial, dk, dv)
     return dq, dk, dv
+
+
+def aligned(x: Tensor) -> Tensor:
+    """x, or a copy of it where loads of 8 numbers do not fit its strides. E is a multiple of 8."""
+    fits = x.stride(3) == 1 and all(stride % 8 == 0 for stride in x.stride()[:3])
+    return x if fits else x.contiguous()
+
+
+def strides(*tensors: Tensor) -> list[int]:
+    """Of batches and tokens, and that of heads in units of 8 numbers: the compiler sees from the
+    product that they are aligned. Heads of 40 spill without."""
+    return [n for x in tensors for n in (x.stride(0), x.stride(1), x.stride(2) // 8)]
 
 
 def sum_chunks(partial: Tensor, dk: Tensor, dv: Tensor) -> None:
@@ -332,6 +343,7 @@ _SUM_OPTIONS: dict[str, Any] = {"num_warps": 4, "num_stages": 1, "enable_fp_fusi
 _STRIDES = {
     f"{x}_stride_{d}": "i32" for x, ds in (("q", "blh"), ("k", "bsh"), ("v", "bsh")) for d in ds
 }
+_ALIGNED_STRIDES = tuple(name for name in _STRIDES if not name.endswith("_h"))
 _SIZES = {"num_queries": "i32", "num_keys": "i32", "num_heads": "i32"}
 
 
@@ -344,7 +356,6 @@ def _launch(*, width: int, is_backward: bool, targets: tuple[str, ...]) -> Launc
         pointers = ("dout_ptr", *pointers, "dq_ptr", "partial_ptr")
     types = {p: "*fp32" if p in ("lse_ptr", "partial_ptr") else "*bf16" for p in pointers}
     sizes = {**_SIZES, "batch_size": "i32"} if is_backward else _SIZES
-    strides = [x for x in _STRIDES if width % 16 == 0 or not x.endswith("_h")]
     keywords = config.keywords(width)
     blocks = {name: keywords.pop(name) for name in list(keywords) if name.isupper()}
     return Launch(
@@ -352,7 +363,7 @@ def _launch(*, width: int, is_backward: bool, targets: tuple[str, ...]) -> Launc
         kernel=lambda: _short_attention_backward if is_backward else _short_attention_forward,
         signature={**types, **sizes, "scale": "fp32", **_STRIDES, "queries_per_program": "i32"},
         constants=blocks,
-        aligned=(*pointers, "num_queries", *strides, "queries_per_program"),
+        aligned=(*pointers, "num_queries", *_ALIGNED_STRIDES, "queries_per_program"),
         targets=targets,
         matrix=True,
         **keywords,
