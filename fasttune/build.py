@@ -18,7 +18,12 @@ from fasttune.ddpm import Ddpm
 from fasttune.device import Placement, place, short
 from fasttune.errors import ConfigError
 from fasttune.flow_matching import FlowMatching
+from fasttune.memory.activations import policy_of
 from fasttune.models import MODELS
+from fasttune.models.compiled import Compiler, compiler_for
+from fasttune.models.formulas import FORMULAS
+from fasttune.models.fused import fuse, kept_names
+from fasttune.models.layers import set_recompute
 from fasttune.models.spec import ModelSpec
 from fasttune.models.weights import (
     build_on_meta,
@@ -160,6 +165,39 @@ def denoiser_for(config: Config, spec: ModelSpec, folder: Path, placement: Place
     if names:
         log.info("LoRA rank %d on %d modules", config.adapter.rank, len(names))
     return denoiser
+
+
+def set_blocks(config: Config, denoiser: nn.Module, placement: Placement) -> Compiler | None:
+    """Gives the blocks of a network with its weights and adapter their formulas, with what the config
+    says they keep and compile. Returns the compiler, if there is one.
+
+    ConfigError for a table of activations that names what no block of the network keeps."""
+    policy = policy_of(config.memory.activations)
+    unknown = sorted(set(policy.choices) - kept_names(denoiser, FORMULAS))
+    if unknown:
+        names = ", ".join(sorted(kept_names(denoiser, FORMULAS))) or "nothing"
+        raise ConfigError(
+            [
+                f"memory.activations: {', '.join(unknown)}: no block of family {config.model.family} "
+                f"keeps that; there is {names}"
+            ]
+        )
+    compiler, reason = compiler_for(config.train.compile, placement.device.type)
+    log.info("%s", reason)
+    kinds = fuse(denoiser, FORMULAS, policy=policy, compile=compiler)
+    plain = kinds.get("plain", [])
+    if plain and policy.default in ("int8", "offload"):
+        log.warning(
+            "%d blocks have adapters that their fused form does not cover; they recompute instead of "
+            "memory.activations = %r",
+            len(plain),
+            policy.default,
+        )
+    for block in plain:
+        block.recompute = policy.default != "save"
+    if not kinds:  # a network of diffusers
+        set_recompute(denoiser, policy.default == "recompute")
+    return compiler
 
 
 def step_for(

@@ -5,11 +5,17 @@ come without loading torch. The docstring under each field says its unit and eff
 and `fasttune init` read them from this file.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
 Family = Literal["flux", "sdxl", "sd1", "sd2", "autoencoder"]
 Dtype = Literal["auto", "bf16", "fp16", "fp32"]
+Activation = Literal["save", "int8", "offload", "recompute"]
+Kept = Literal[
+    "default", "qkv", "attention", "query", "cross_attention", "residual", "mlp", "hidden"
+]
+"""What a block keeps for its backward; each kind of block has some of these."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,8 +78,10 @@ class Precision:
 class Memory:
     """How a step fits."""
 
-    activations: Literal["save", "recompute"] = "recompute"
-    """recompute keeps each block's input alone and runs the block again in the backward."""
+    activations: Activation | Mapping[Kept, Activation] = "recompute"
+    """What becomes of what a block keeps for its backward. save: kept. int8: rounded, half the bytes.
+    offload: moved to host memory. recompute: computed again. Or a table by tensor, such as
+    { default = "save", mlp = "int8" }; what it leaves out is as its default, or saved."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -143,6 +151,9 @@ class Train:
     """Gradients are scaled down to this global norm; none leaves them ("none" in TOML)."""
     caption_dropout: float = 0.1
     """Probability that a sample trains with the empty caption."""
+    compile: Literal["auto", "off", "blocks"] = "auto"
+    """blocks: one graph for each kind of block and token count, by torch.compile. auto: that on CUDA and
+    ROCm, and eager blocks where it fails, with the reason."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -64,6 +64,8 @@ def convert(value: Any, hint: Any) -> Any:
         raise MismatchError(describe(hint) + _nearest_choice(value, choices))
     if origin is tuple:
         return _convert_tuple(value, hint)
+    if origin is Mapping and isinstance(value, dict):
+        return {convert(k, get_args(hint)[0]): _convert_item(k, v, hint) for k, v in value.items()}
     if hint is bool and isinstance(value, bool):
         return value
     if hint is str and isinstance(value, str):
@@ -122,6 +124,14 @@ def _convert_tuple(value: Any, hint: Any) -> tuple[Any, ...]:
     return tuple(converted)
 
 
+def _convert_item(key: str, value: Any, hint: Any) -> Any:
+    """A value of a table."""
+    try:
+        return convert(value, get_args(hint)[1])
+    except MismatchError as error:
+        raise MismatchError(f"{describe(hint)} ({key} is {toml_value(value)})") from error
+
+
 def _nearest_choice(value: Any, choices: tuple[Any, ...]) -> str:
     close = get_close_matches(value, choices, 1) if isinstance(value, str) else []
     return f'; did you mean "{close[0]}"?' if close else ""
@@ -139,6 +149,8 @@ def describe(hint: Any, plural: bool = False) -> str:
         if plural:
             return f"strings out of {names}"
         return f"one of {names}" if len(items) > 1 else names
+    if origin is Mapping:
+        return f"a table with keys out of {describe(items[0])[7:]}, of {describe(items[1], plural=True)}"
     if origin is tuple:
         count = "" if items[-1] is Ellipsis else f"{len(items)} "
         return f"a list of {count}{describe(items[0], plural=True)}"

@@ -13,14 +13,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from fasttune.build import adapt, objective_for, step_for
+from fasttune.build import adapt, objective_for, set_blocks, step_for
 from fasttune.config import Config
 from fasttune.data.buckets import make_buckets
 from fasttune.data.loader import Batch
 from fasttune.device import Placement, dtypes
 from fasttune.models import MODELS
 from fasttune.models.autoencoder import downscale
-from fasttune.models.layers import set_recompute
 from fasttune.models.spec import ModelSpec
 from fasttune.models.weights import build_on_meta, read_config, set_tensor
 from fasttune.optim.chunks import chunked_as_on
@@ -91,7 +90,7 @@ def rehearse(
     with _drawn(config.run.seed):
         denoiser = network_without_weights(spec, folder, placement)
         adapt(config, spec, denoiser)
-        set_recompute(denoiser, config.memory.activations == "recompute")
+        set_blocks(config, denoiser, placement)
         denoiser.train()
         return Rehearsal(
             config=config,

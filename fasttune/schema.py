@@ -6,6 +6,7 @@ TOML support (taplo, Even Better TOML) reads it through the line `#:schema fastt
 
 import ast
 import json
+from collections.abc import Mapping
 from dataclasses import MISSING, fields
 from functools import cache
 from pathlib import Path
@@ -110,6 +111,9 @@ def _type_schema(hint: Any, bound: Bound | None) -> dict[str, Any]:
     origin, items = get_origin(hint), get_args(hint)
     if origin is Literal:
         return {"enum": list(items)}
+    if origin is Mapping:
+        names, values = (_type_schema(item, bound) for item in items)
+        return {"type": "object", "propertyNames": names, "additionalProperties": values}
     if origin is tuple:
         schema: dict[str, Any] = {"type": "array", "items": _type_schema(items[0], bound)}
         if items[-1] is not Ellipsis:

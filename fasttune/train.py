@@ -23,6 +23,7 @@ from fasttune.build import (
     objective_for,
     placement_for,
     resolved,
+    set_blocks,
     step_for,
 )
 from fasttune.checkpoint import (
@@ -40,7 +41,6 @@ from fasttune.errors import TrainingError
 from fasttune.export import main as export
 from fasttune.metrics import Metrics, open_trackers
 from fasttune.models import MODELS
-from fasttune.models.layers import set_recompute
 from fasttune.prepare import Prepared, prepare, write_bad_files
 from fasttune.report import write_report
 from fasttune.run_folder import (
@@ -92,7 +92,7 @@ def _train(
     seconds = {"preparation": time.perf_counter() - begin}
 
     denoiser = denoiser_for(config, spec, prepared.folder, placement)
-    set_recompute(denoiser, config.memory.activations == "recompute")
+    set_blocks(config, denoiser, placement)
     trained = Trained(config, denoiser, placement, resuming=resumed is not None)
     objective = objective_for(config, spec, prepared.folder)
     validator = Validator(config, spec, placement, prepared, objective, run_dir)

@@ -1,0 +1,253 @@
+"""Blocks computed by formulas: a forward and a backward over our own operations, in place of autograd.
+
+A `Formula` is what a kind of block computes, written down twice: as a forward that names what may be
+kept, and as the backward that uses it. `fuse` gives each block of a network its formula. The block keeps
+its class, parameters and names, and the forward of its class stays the reference (`unfuse`).
+
+Why by hand: autograd keeps what each operation wants, and a compiler keeps what a cut through the graph of
+small operations costs least. Neither drops normed inputs, rotated queries or GELU's output, which are one
+pass over memory away from what is kept anyway. Selective checkpointing over the same operations drops
+them, but its backward has all of the block's forward alive at once (31 u for a Flux single block where
+this one has 20), and it cannot keep a tensor in int8.
+
+Forward and backward are pure functions that run without gradients, so each is one graph to a compiler,
+with no partitioner between them: what is kept is decided here. The autograd function around them is all
+that autograd sees of the block.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fasttune.memory.activations import Kept, Policy, pack
+from fasttune.models.layers import Block
+from fasttune.models.projection import SEED, Projection, pack_, projection
+
+Tensors = Mapping[str, Tensor]
+Compile = Callable[[Callable[..., Any], str], Callable[..., Any]]
+"""(function of tensors, its name) -> the same, compiled for the shapes that it is first called with."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Context:
+    """What a formula knows beside tensors: constants to a compiled graph."""
+
+    projections: Mapping[str, Projection]
+    """By the name that the formula has for them."""
+    numbers: Mapping[str, Any]
+    """Head counts, eps and the like."""
+    wanted: frozenset[str]
+    """Inputs and parameters whose gradient is wanted."""
+    training: bool
+    """Whether adapters drop out."""
+
+    def project(
+        self, name: str, t: Tensors, x: Tensor, x2: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """`Projection.forward` of the projection of that name."""
+        return self.projections[name].forward(t, x, x2, training=self.training)
+
+
+Forward = Callable[[Context, Tensors], tuple[tuple[Tensor, ...], dict[str, Tensor]]]
+"""(context, inputs and parameters by name) -> outputs, and what the backward can use, by name."""
+Backward = Callable[[Context, Tensors, Kept, Sequence[Tensor]], dict[str, Tensor]]
+"""(context, inputs and parameters, what was kept, gradients of the outputs) -> gradients by name."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Formula:
+    """What a kind of block computes."""
+
+    projections: Mapping[str, tuple[str, ...]]
+    """Name in the formula -> the Linear modules that it joins."""
+    inputs: Callable[..., dict[str, Tensor | None]]
+    """(block, *arguments of its forward) -> inputs by name. Runs under autograd: small projections of
+    the conditioning are made here."""
+    stream: frozenset[str]
+    """Inputs whose gradient is always made, so that a network's first block shares the others' graph."""
+    numbers: Callable[[Any], dict[str, Any]]
+    forward: Forward
+    backward: Backward
+    kept: frozenset[str]
+    """Names that a policy may mention. A kept tensor "qkv/text" goes by the name "qkv"."""
+    supports: Callable[[Any], bool] = lambda block: True
+    """Whether the formula covers the block, adapters included."""
+
+
+@dataclass(frozen=True, eq=False)
+class Kind:
+    """What equal blocks share: their formula, its constants, and their compiled graphs."""
+
+    name: str
+    """Class and name of the first of them: "ResnetBlock down_blocks.0.resnets.0"."""
+    formula: Formula
+    projections: Mapping[str, Projection]
+    numbers: Mapping[str, Any]
+    policy: Policy
+    compile: Compile | None
+    graphs: dict[Any, Callable[..., Any]] = field(default_factory=dict)
+
+    def forward(
+        self, context: Context, names: tuple[str, ...], tensors: Sequence[Tensor], keeps: bool
+    ) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
+        """Outputs and, if it `keeps`, what the policy keeps."""
+
+        def forward(*given: Tensor) -> Any:
+            outputs, kept = self.formula.forward(context, dict(zip(names, given, strict=True)))
+            return outputs, pack(kept, self.formula.kept, self.policy) if keeps else {}
+
+        found: tuple[tuple[Tensor, ...], dict[str, Tensor]]
+        found = self._run("forward", forward, context, names, tensors, keeps)
+        return found
+
+    def backward(
+        self,
+        context: Context,
+        names: tuple[str, ...],
+        tensors: Sequence[Tensor],
+        kept: Tensors,
+        gradients: Sequence[Tensor],
+    ) -> dict[str, Tensor]:
+        """Gradients by name, of what is wanted."""
+        ends = len(tensors), len(tensors) + len(kept)
+        keys = tuple(kept)
+
+        def backward(*given: Tensor) -> Any:
+            t = dict(zip(names, given[: ends[0]], strict=True))
+            saved = Kept(dict(zip(keys, given[ends[0] : ends[1]], strict=True)), given[-1].dtype)
+            return self.formula.backward(context, t, saved, given[ends[1] :])
+
+        given = (*tensors, *kept.values(), *gradients)
+        found: dict[str, Tensor]
+        found = self._run("backward", backward, context, names, given, True)
+        return found
+
+    def _run(
+        self,
+        direction: str,
+        function: Callable[..., Any],
+        context: Context,
+        names: tuple[str, ...],
+        given: Sequence[Tensor],
+        keeps: bool,
+    ) -> Any:
+        """Calls the function, or its graph for tensors like these."""
+        if self.compile is None:
+            return function(*given)
+        likes = tuple((x.shape, x.stride(), x.dtype) for x in given)
+        key = direction, keeps, names, context.wanted, context.training, likes
+        if key not in self.graphs:
+            self.graphs[key] = self.compile(function, f"{self.name} {direction}")
+        # detached: a graph is not to depend on whether an input has a gradient
+        return self.graphs[key](*(x.detach() for x in given))
+
+
+class FusedBlock:
+    """The forward of one block, by its formula."""
+
+    def __init__(self, block: Block, kind: Kind) -> None:
+        self.block, self.kind = block, kind
+        self._tensors: dict[str, Tensor] = dict(block.named_parameters())
+        for each in kind.projections.values():
+            self._tensors |= pack_(block, each)
+        self._wanted = frozenset(n for n, p in block.named_parameters() if p.requires_grad)
+        self._drops_out = any(each.dropout for each in kind.projections.values())
+
+    def __call__(self, *args: Any) -> Any:
+        """As the block's own forward."""
+        formula, training = self.kind.formula, self.block.training
+        inputs = {k: x for k, x in formula.inputs(self.block, *args).items() if x is not None}
+        tensors = inputs | self._tensors
+        if self._drops_out and training:
+            device = next(iter(inputs.values())).device
+            tensors[SEED] = torch.randint(0, 2**62, (1,), device=device)
+        wanted = frozenset(k for k, x in inputs.items() if x.requires_grad)
+        keeps = torch.is_grad_enabled() and bool(wanted or self._wanted)
+        context = Context(
+            projections=self.kind.projections,
+            numbers=self.kind.numbers,
+            wanted=wanted | self._wanted | formula.stream if keeps else frozenset(),
+            training=training,
+        )
+        names = tuple(tensors)
+        if keeps:
+            outputs = _Apply.apply(self.kind, context, names, *tensors.values())
+        else:
+            outputs, _ = self.kind.forward(context, names, list(tensors.values()), keeps=False)
+        return outputs if len(outputs) > 1 else outputs[0]
+
+
+class _Apply(torch.autograd.Function):
+    """A fused block to autograd."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, kind: Kind, context: Context, names: tuple[str, ...], *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
+        outputs, kept = kind.forward(context, names, tensors, keeps=True)
+        ctx.kind, ctx.context, ctx.names, ctx.keys = kind, context, names, tuple(kept)
+        ctx.save_for_backward(*tensors, *kept.values())
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors  # once: checkpointing unpacks them anew each time
+        tensors = saved[: len(ctx.names)]
+        kept = dict(zip(ctx.keys, saved[len(ctx.names) :], strict=True))
+        found = ctx.kind.backward(ctx.context, ctx.names, tensors, kept, gradients)
+        wanted = (found.get(n) if n in ctx.context.wanted else None for n in ctx.names)
+        return None, None, None, *wanted
+
+
+def fuse(
+    denoiser: nn.Module,
+    formulas: Mapping[type[Block], Formula],
+    *,
+    policy: Policy = Policy(),  # noqa: B008  # frozen
+    compile: Compile | None = None,
+) -> dict[str, list[Block]]:
+    """Gives every block that a formula covers its formula, and returns the kinds of blocks by name.
+
+    Call it when weights and adapters are in place: weights that are used together are moved together,
+    and each parameter becomes a view. Blocks without a formula, or with adapters that theirs does not
+    cover, keep the forward of their class and are returned under the name "plain", if there are any.
+    """
+    kinds: dict[Any, Kind] = {}
+    found: dict[str, list[Block]] = {}
+    for name, block in denoiser.named_modules():
+        if not isinstance(block, Block):
+            continue
+        formula = formulas.get(type(block))
+        if formula is None or not formula.supports(block):
+            found.setdefault("plain", []).append(block)
+            continue
+        projections = {key: projection(block, *m) for key, m in formula.projections.items()}
+        numbers = formula.numbers(block)
+        key = (
+            type(block),
+            *projections.values(),
+            *numbers.items(),
+            *((n, p.shape, p.dtype, p.requires_grad) for n, p in block.named_parameters()),
+        )
+        if key not in kinds:
+            label = f"{type(block).__name__} {name}"
+            kinds[key] = Kind(label, formula, projections, numbers, policy, compile)
+        block.forward = FusedBlock(block, kinds[key])  # type: ignore[method-assign]
+        found.setdefault(kinds[key].name, []).append(block)
+    return found
+
+
+def kept_names(denoiser: nn.Module, formulas: Mapping[type[Block], Formula]) -> frozenset[str]:
+    """What the blocks of a network keep, by the names that a policy has for it."""
+    kinds = {type(module) for module in denoiser.modules()}
+    return frozenset().union(*(formula.kept for kind, formula in formulas.items() if kind in kinds))
+
+
+def unfuse(denoiser: nn.Module) -> None:
+    """Gives every block the forward of its class again; parameters stay where they are."""
+    for block in denoiser.modules():
+        if isinstance(block, Block) and isinstance(vars(block).get("forward"), FusedBlock):
+            del block.forward
