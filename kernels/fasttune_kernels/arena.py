@@ -253,3 +253,12 @@ def words_of(seed, counter, STREAM: tl.constexpr):
     high = (counter >> 32).to(tl.uint32)
     zero = low * 0
     return tl.philox(seed, low, high, zero + STREAM, zero, 7)  # PHILOX_ROUNDS
+
+
+@jit
+def quarter(words, q):
+    """The words of quarter `q`. Selected and not indexed, so that the loop over quarters is no longer than
+    its body: unrolled, the step with 8-bit state would not fit into the instruction cache."""
+    return tl.where(
+        q < 2, tl.where(q == 0, words[0], words[1]), tl.where(q == 2, words[2], words[3])
+    )

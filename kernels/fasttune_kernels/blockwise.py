@@ -71,22 +71,27 @@ def _dequantize(code, SIGNED: tl.constexpr):
 
 @jit
 def _quantize(x, SIGNED: tl.constexpr):
-    """The code of the value that is nearest to x, of magnitude at most 1. Cells of a decade are of
-    equal width; the first 0.2 of its first cell are nearer to the decade below."""
+    """The code of the value that is nearest to x, of magnitude at most 1. The cells of a decade are of
+    equal width; 0.2 of its first cell are nearer to the decade below."""
     top: tl.constexpr = 7 if SIGNED else 8
     lowest: tl.constexpr = (
         0.175 if SIGNED else 0.125
     ) / 0.9  # half of the smallest value, in cells
     size = tl.abs(x)
-    decade = tl.floor(tl.log2(size) * 0.30102999566398120) + 1.0
+    # A float's bits are its logarithm but for at most 0.09 of an octave that are missing: the decade
+    # is the right one, or the one below.
+    octaves = size.to(tl.int32, bitcast=True).to(tl.float32) * 1.1920928955078125e-07 - 127.0
+    decade = tl.floor(octaves * 0.30102999566398120) + 1.0
     decade = tl.minimum(tl.maximum(decade, -6.0), 0.0)
-    e = decade.to(tl.int32) + (top - 1)
-    first = 1 << e
-    cells = first.to(tl.float32)
-    t = (size * tl.exp2(decade * -3.321928094887362) - 0.1) * (cells / 0.9)
-    cell = tl.minimum(tl.maximum(t, 0.0).to(tl.int32), first - 1)
-    k = first + cell - (t < tl.where(decade == -6.0, lowest, 0.2)).to(tl.int32)
-    k = tl.where((decade == 0.0) & (t >= cells - 0.25), 2 * first, k)
+    y = size * tl.exp2(decade * -3.321928094887362)
+    carry = (y >= 1.0) & (decade < 0.0)
+    y = tl.where(carry, y * 0.1, y)
+    e = decade.to(tl.int32) + (top - 1) + carry.to(tl.int32)
+    cells = ((e + 127) << 23).to(tl.float32, bitcast=True)  # 2^e
+    t = (y - 0.1) * (cells * (1 / 0.9))
+    k = (cells + tl.minimum(tl.maximum(t, 0.0), cells - 0.5)).to(tl.int32)
+    k -= (t < tl.where(e == top - 7, lowest, 0.2)).to(tl.int32)
+    k = tl.where((e == top - 1) & (t >= cells - 0.25), 1 << top, k)
     if SIGNED:  # there is no -1
         code = tl.where(x < 0.0, 127 - tl.minimum(k, 127), 127 + k)
     else:
@@ -100,12 +105,14 @@ def load_state(
 ):
     """(ROWS, 256) float32."""
     if absmax_ptr is None:
-        return read(ptr + at, mask, MASKED)
-    if MASKED:
-        code = tl.load(ptr + at, mask=mask, other=0)
+        x = read(ptr + at, mask, MASKED)
     else:
-        code = tl.load(ptr + at)
-    return _dequantize(code, SIGNED) * read(absmax_ptr + block, present, MASKED)[:, None]
+        if MASKED:
+            code = tl.load(ptr + at, mask=mask, other=0)
+        else:
+            code = tl.load(ptr + at)
+        x = _dequantize(code, SIGNED) * read(absmax_ptr + block, present, MASKED)[:, None]
+    return x
 
 
 @jit
@@ -114,7 +121,7 @@ def store_state(
 ):
     if absmax_ptr is not None:
         absmax = tl.max(tl.abs(x), axis=1)
-        scaled = x / tl.maximum(absmax, 1.1754943508222875e-38)[:, None]
+        scaled = x * (1.0 / tl.maximum(absmax, 1e-37))[:, None]
         if MASKED:
             tl.store(ptr + at, _quantize(scaled, SIGNED), mask=mask)
         else:

@@ -19,6 +19,7 @@ from fasttune_kernels.arena import (
     check_weights,
     gather,
     limit_of,
+    quarter,
     random_words,
     read,
     round_bits,
@@ -81,10 +82,10 @@ def _ema_tiles(
     columns = tl.arange(0, 256)
     in_arena = (tiles * 1024 < numel)[:, None] & (columns >= 0)[None, :]
     words = words_of(seed, (begin // 4 + tiles * 256)[:, None] + columns[None, :], 0)
-    for q in tl.static_range(4):
+    for q in range(4):
         local = (tiles * 1024 + q * 256)[:, None] + columns[None, :]
         w = read(weight_ptr + local, local < numel, MASKED)
-        average(ema_ptr + begin + local, w, rest, words[q], in_arena, MASKED)
+        average(ema_ptr + begin + local, w, rest, quarter(words, q), in_arena, MASKED)
 
 
 def _launch_ema(weights: Sequence[Tensor], ema: Tensor, rest: Tensor, seed: Tensor) -> None:

@@ -109,7 +109,7 @@ def cpp_for(x: Tensor) -> Any:
     if x.device.type != "cpu" or dispatch._forced is not None:
         return None
     try:
-        from fasttune_kernels import cpu_library  # type: ignore[attr-defined]
+        from fasttune_kernels import cpu_library
     except ImportError:
         return None
     return cpu_library if cpu_library.available() else None

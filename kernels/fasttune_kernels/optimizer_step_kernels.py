@@ -1,16 +1,15 @@
 """The Triton kernel of the optimizer step.
 
 A program has a chunk of one tensor, and walks through it in ROWS tiles of 4 x 256 elements at a time. A
-row of 256 belongs to one warp (8 elements a lane, 4 of a wave of 64), so that the largest magnitude
-of a quantized block needs no shared memory, and the four quarters of a tile take one of the four
-words of a Philox counter each.
+row of 256 is a quantized block, and the four quarters of a tile take one of the four words of a Philox
+counter each. The loop over the quarters is none that unrolls: see `quarter`.
 """
 
 from collections.abc import Sequence
 
 from torch import Tensor
 
-from fasttune_kernels.arena import read, round_bits, words_of, write
+from fasttune_kernels.arena import quarter, read, round_bits, words_of, write
 from fasttune_kernels.arena_tables import ChunkConfig, tables_of
 from fasttune_kernels.blockwise import load_state, store_state
 from fasttune_kernels.ema_step import average
@@ -44,11 +43,12 @@ def _update(
     if m_ptr.dtype.element_ty == tl.bfloat16:
         state_words = words_of(seed, counter, 1)
 
-    for q in tl.static_range(4):
+    for q in range(4):
         local = (tiles * 1024 + q * 256)[:, None] + columns[None, :]
         at = begin + local
         block = begin // 256 + tiles * 4 + q
         inside = local < numel
+        word = quarter(words, q)
         g = read(grad_ptr + local, inside, MASKED) * factor
         w = read(weight_ptr + local, inside, MASKED)
         m = load_state(m_ptr, m_absmax_ptr, at, block, in_arena, present, MASKED, True)
@@ -59,18 +59,18 @@ def _update(
             w += read(compensation_ptr + at, in_arena, MASKED)
         w = w * kept - rate * m / (tl.sqrt(v) * correction + eps)
 
-        bits = state_words[q]
+        bits = quarter(state_words, q)
         store_state(m_ptr, m_absmax_ptr, at, block, m, bits >> 16, in_arena, present, MASKED, True)
         store_state(v_ptr, v_absmax_ptr, at, block, v, bits, in_arena, present, MASKED, False)
         rounded = w
         if ROUNDING == "stochastic" and weight_ptr.dtype.element_ty == tl.bfloat16:
-            rounded = round_bits(w, words[q])
+            rounded = round_bits(w, word)
         rounded = rounded.to(weight_ptr.dtype.element_ty).to(tl.float32)
         write(weight_ptr + local, rounded, inside, MASKED)
         if compensation_ptr is not None:
             write(compensation_ptr + at, w - rounded, in_arena, MASKED)
         if ema_ptr is not None:
-            average(ema_ptr + at, rounded, ema_rest, words[q], in_arena, MASKED)
+            average(ema_ptr + at, rounded, ema_rest, word, in_arena, MASKED)
 
 
 @jit
