@@ -229,7 +229,8 @@ def _short_backward(
     return short_attention_backward(dout, q, k, v, out, lse)
 
 
-_FORWARD: dict[Backend, Callable[..., tuple[Tensor, Tensor]]] = {
+# The table of attention_dispatch.py names these.
+FORWARD: dict[Backend, Callable[..., tuple[Tensor, Tensor]]] = {
     "short": _short_forward,
     "cudnn": _cudnn_forward,
     "flash": _flash_forward,
@@ -238,7 +239,7 @@ _FORWARD: dict[Backend, Callable[..., tuple[Tensor, Tensor]]] = {
     "cpu": _cpu_forward,
     "math": _math_forward,
 }
-_BACKWARD: dict[Backend, Callable[..., Gradients]] = {
+BACKWARD: dict[Backend, Callable[..., Gradients]] = {
     "short": _short_backward,
     "cudnn": _cudnn_backward,
     "flash": _flash_backward,
@@ -255,7 +256,7 @@ def attention_forward(
 ) -> tuple[Tensor, Tensor]:
     """-> (out (B, L, H, E) contiguous, lse (B, H, L) float32; float64 of float64)."""
     q, k, v = _dense(q), _dense(k), _dense(v)
-    out, lse = _FORWARD[backend_of(q, k, mask)](q, k, v, mask)
+    out, lse = FORWARD[backend_of(q, k, mask)](q, k, v, mask)
     return out.contiguous(), lse.contiguous()
 
 
@@ -267,7 +268,7 @@ def attention_backward(
     CPU, from Triton and from math; flash, efficient and cuDNN add with atomics, unless
     torch.use_deterministic_algorithms."""
     q, k, v = _dense(q), _dense(k), _dense(v)
-    backward = _BACKWARD[backend_of(q, k, mask)]
+    backward = BACKWARD[backend_of(q, k, mask)]
     dq, dk, dv = backward(dout.contiguous(), q, k, v, out.contiguous(), lse, mask)
     return dq.contiguous(), dk.contiguous(), dv.contiguous()
 
