@@ -247,12 +247,11 @@ def _norm_rotate_backward(
     rstd = _rstd(x, eps)
     dz = torch.empty(dy.shape, dtype=rstd.dtype, device=dy.device).copy_(dy)
     _turn_(dz, rotation)
-    x_hat = x * rstd
-    product = dz * x_hat
+    product = torch.mul(dz, x).mul_(rstd)
     if dweight.numel():
         torch.sum(product, (0, 1, 2), out=dweight)
     mean = product.mul_(weight).mean(-1, keepdim=True)
-    dx.copy_(dz.mul_(weight).addcmul_(x_hat, mean, value=-1).mul_(rstd))
+    dx.copy_(dz.mul_(weight).addcmul_(x, mean.mul_(rstd), value=-1).mul_(rstd))
 
 
 def _empty_outputs(qkv: Tensor, text_qkv: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -310,16 +309,13 @@ def _differentiate(
     tensors = ctx.saved_tensors  # type: ignore[attr-defined]
     wants = ctx.needs_input_grad  # type: ignore[attr-defined]
     qkv, text_qkv, cos = tensors[0], tensors[3], tensors[6]
-    # Zeros that all tokens and heads share.
-    zeros = qkv.new_zeros(qkv.shape[-1]).expand(len(qkv), len(cos), *qkv.shape[3:])
-    dqkv, dtext_qkv, *dweights = qk_norm_rope_backward(
-        zeros if dq is None else dq,
-        zeros if dk is None else dk,
-        None if text_qkv is None else dv,
-        *tensors,
-        ctx.eps,  # type: ignore[attr-defined]
-        any(wants[i] for i in (1, 2, 4, 5)),
-    )
+    if dq is None or dk is None:  # zeros that all tokens and heads share
+        zeros = qkv.new_zeros(qkv.shape[-1]).expand(len(qkv), len(cos), *qkv.shape[3:])
+        dq, dk = zeros if dq is None else dq, zeros if dk is None else dk
+    dv = None if text_qkv is None else dv
+    wants_weights = any(wants[i] for i in (1, 2, 4, 5))
+    eps = ctx.eps  # type: ignore[attr-defined]
+    dqkv, dtext_qkv, *dweights = qk_norm_rope_backward(dq, dk, dv, *tensors, eps, wants_weights)
     gradients = (dqkv, *dweights[:2], dtext_qkv, *dweights[2:])
     return (
         *(

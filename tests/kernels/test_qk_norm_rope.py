@@ -164,13 +164,21 @@ def test_weights_may_be_float32_beside_bfloat16(backend: Backend) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_reads_by_stride(backend: Backend) -> None:
-    """A slice of a wider projection, text whose channels are not neighbours, tables of columns;
+@pytest.mark.parametrize(
+    "text_qkv",
+    [
+        torch.randn(2, 3, 2, 3, 8).permute(0, 2, 3, 1, 4),  # by heads, tokens and q, k, v
+        torch.randn(2, 2, 3, 8, 3).transpose(3, 4),  # channels that are not neighbours
+    ],
+    ids=["by heads", "by channels"],
+)
+def test_reads_by_stride(text_qkv: Tensor, backend: Backend) -> None:
+    """A slice of a wider projection, another layout of the text, weights and tables of columns;
     gradients that are transposed, expanded over tokens, and expanded over all."""
     arguments = made(Shape(2, 3, 2, 3, 8), torch.float32)
     wide = torch.randn(2, 3, 7 * 24)
     arguments["qkv"] = wide[..., 24 : 4 * 24].unflatten(-1, (3, 3, 8))
-    arguments["text_qkv"] = torch.randn(2, 2, 3, 8, 3).transpose(3, 4)
+    arguments["text_qkv"] = text_qkv
     arguments["text_q_weight"] = torch.rand(16)[::2]
     arguments["cos"] = arguments["cos"].T.contiguous().T
     gradients = (
