@@ -19,7 +19,7 @@ SOURCES = ("csrc/cpu/optimizer_step.cpp", "csrc/cpu/tile.h")
 # Without contraction, sums come out the same for all compilers. The other two are about errno and floating
 # point exceptions, which nobody reads, and without them roots and selections are vectorised.
 FLAGS = ["-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
-FLAGS += ["-fPIC", "-shared", "-fvisibility=hidden", "-pthread", "-Wall"]
+FLAGS += ["-fPIC", "-shared", "-fvisibility=hidden", "-pthread"]
 
 
 class BuildLibrary(build_ext):

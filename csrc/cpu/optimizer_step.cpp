@@ -19,6 +19,10 @@
 #include <thread>
 #include <vector>
 
+#ifdef __x86_64__
+#include <immintrin.h>
+#endif
+
 namespace {
 
 constexpr int BLOCK = 1024, QUANTUM = 256, LANES = 16, PHILOX_ROUNDS = 7;  // the first two as in arena.py
@@ -85,20 +89,18 @@ bool fill(const float* values, Codebook& book) {
     book.middles[i] = (values[i + 1] + values[i]) / 2;
   }
   book.middles[255] = INFINITY;
-  const float *middles = book.middles, *end = middles + 255;
-  for (int bucket = 0; bucket < 2 * NUM_BUCKETS; ++bucket) {
-    const bool negative = bucket >= NUM_BUCKETS;
-    const int index = negative ? bucket - NUM_BUCKETS : bucket;
+  int below = 0;  // how many middles are less than the bucket's least number
+  for (int place = -NUM_BUCKETS; place < NUM_BUCKETS; ++place) {
+    const int index = place < 0 ? -1 - place : place;
     const int32_t from = index == 0 ? 0 : FIRST_BUCKET + (index << BUCKET_SHIFT);
-    const int32_t to = FIRST_BUCKET + ((index + 1) << BUCKET_SHIFT);
+    const int32_t to = std::min(FIRST_BUCKET + ((index + 1) << BUCKET_SHIFT), ONE);
     float low, high;
     std::memcpy(&low, &from, 4);
     std::memcpy(&high, &to, 4);
-    if (index == NUM_BUCKETS - 1) high = 1.0f;
-    const float least = negative ? -high : low, most = negative ? -low : high;
-    const auto below = std::lower_bound(middles, end, least) - middles;
-    if (std::lower_bound(middles, end, most) - middles > below + 1) return false;
-    book.first[bucket] = uint8_t(below);
+    const float least = place < 0 ? -high : low, most = place < 0 ? -low : high;
+    while (book.middles[below] < least) ++below;
+    if (below < 254 && book.middles[below + 1] < most) return false;
+    book.first[place < 0 ? NUM_BUCKETS + index : index] = uint8_t(below);
   }
   return true;
 }
@@ -112,14 +114,20 @@ bool fill(const float* values, Codebook& book) {
   namespace {
 #define END_TILE_FUNCTIONS }}
 
-#if defined(__x86_64__) || defined(__i386__)
-#define HAS_X86 1
+#ifdef __x86_64__
 #define FMA(a, b, c) ((a) * (b) + (c))
+#define PRODUCT(a, b) Words(_mm_mul_epu32(__m128i(a), _mm_set1_epi64x(b)))
+#define WIDTH 16
 TILE_FUNCTIONS(baseline)
 #include "tile.h"
 END_TILE_FUNCTIONS
+
 #undef FMA
+#undef PRODUCT
+#undef WIDTH
 #define FMA(a, b, c) __builtin_fmaf(a, b, c)
+#define PRODUCT(a, b) Words(_mm256_mul_epu32(__m256i(a), _mm256_set1_epi64x(b)))
+#define WIDTH 32
 #ifdef __clang__
 #pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
 #else
@@ -131,11 +139,19 @@ TILE_FUNCTIONS(avx2)
 END_TILE_FUNCTIONS
 #ifdef __clang__
 #pragma clang attribute pop
-#pragma clang attribute push(__attribute__((target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512"))), apply_to = function)
 #else
 #pragma GCC pop_options
+#endif
+
+#undef PRODUCT
+#undef WIDTH
+#define PRODUCT(a, b) Words(_mm512_mul_epu32(__m512i(a), _mm512_set1_epi64(b)))
+#define WIDTH 64
+#ifdef __clang__
+#pragma clang attribute push(__attribute__((target("fma,avx512f,avx512bw,avx512dq,avx512vl"))), apply_to = function)
+#else
 #pragma GCC push_options
-#pragma GCC target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512")
+#pragma GCC target("fma,avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512")
 #endif
 TILE_FUNCTIONS(avx512)
 #include "tile.h"
@@ -145,12 +161,15 @@ END_TILE_FUNCTIONS
 #else
 #pragma GCC pop_options
 #endif
+
 #else
 #ifdef __aarch64__  // NEON has fused products
 #define FMA(a, b, c) __builtin_fmaf(a, b, c)
 #else
 #define FMA(a, b, c) ((a) * (b) + (c))
 #endif
+#define PRODUCT(a, b) (((a) & 0xffffffffu) * (b))
+#define WIDTH 16
 TILE_FUNCTIONS(baseline)
 #include "tile.h"
 END_TILE_FUNCTIONS
@@ -166,14 +185,14 @@ struct Level {
 
 const Level LEVELS[] = {
     {"baseline", baseline::step_tile, baseline::sum_of_squares},
-#ifdef HAS_X86
+#ifdef __x86_64__
     {"avx2", avx2::step_tile, avx2::sum_of_squares},
     {"avx512", avx512::step_tile, avx512::sum_of_squares},
 #endif
 };
 
 int highest_level() {
-#ifdef HAS_X86
+#ifdef __x86_64__
   __builtin_cpu_init();
   if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return 0;
   const bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&

@@ -84,33 +84,32 @@ void widen(const void* from, int dtype, float* to) {
 
 // -- random bits: arena.py --------------------------------------------------------------------------
 
+// Words are in lanes of 64 bits, of which the upper half is anything: for these there is an instruction
+// that multiplies the lower halves.
+typedef uint64_t Words __attribute__((vector_size(WIDTH)));
+typedef uint32_t Halves __attribute__((vector_size(WIDTH / 2)));
+
 void random_words(uint64_t seed, uint32_t stream, int64_t tile, uint32_t* words) {
-  constexpr uint64_t A = 0xD2511F53, B = 0xCD9E8D57;
-  const uint64_t first = uint64_t(tile) * (BLOCK / 4);  // all counters of a tile have one upper half
-  for (int begin = 0; begin < BLOCK / 4; begin += LANES) {
-    uint32_t c0[LANES], c1[LANES], c2[LANES], c3[LANES];
-    for (int i = 0; i < LANES; ++i) {
-      c0[i] = uint32_t(first) + uint32_t(begin + i);
-      c1[i] = uint32_t(first >> 32);
-      c2[i] = stream;
-      c3[i] = 0;
-    }
+  constexpr int COUNT = WIDTH / 8;
+  const uint64_t first = uint64_t(tile) * QUANTUM;
+  Words counter;
+  for (int i = 0; i < COUNT; ++i) counter[i] = first + i;
+  for (int begin = 0; begin < QUANTUM; begin += COUNT, counter += COUNT) {
+    Words c[4] = {counter, counter >> 32, Words{} + stream, Words{}};
     uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
     for (int round = 0; round < PHILOX_ROUNDS; ++round) {
-      for (int i = 0; i < LANES; ++i) {
-        const uint64_t p0 = A * c0[i], p2 = B * c2[i];
-        c0[i] = uint32_t(p2 >> 32) ^ c1[i] ^ k0;
-        c2[i] = uint32_t(p0 >> 32) ^ c3[i] ^ k1;
-        c1[i] = uint32_t(p2);
-        c3[i] = uint32_t(p0);
-      }
+      const Words p0 = PRODUCT(c[0], 0xD2511F53), p2 = PRODUCT(c[2], 0xCD9E8D57);
+      c[0] = (p2 >> 32) ^ c[1] ^ k0;
+      c[2] = (p0 >> 32) ^ c[3] ^ k1;
+      c[1] = p2;
+      c[3] = p0;
       k0 += 0x9E3779B9;
       k1 += 0xBB67AE85;
     }
-    std::memcpy(words + begin, c0, sizeof c0);
-    std::memcpy(words + QUANTUM + begin, c1, sizeof c1);
-    std::memcpy(words + 2 * QUANTUM + begin, c2, sizeof c2);
-    std::memcpy(words + 3 * QUANTUM + begin, c3, sizeof c3);
+    for (int quarter = 0; quarter < 4; ++quarter) {
+      const Halves low = __builtin_convertvector(c[quarter], Halves);
+      std::memcpy(words + quarter * QUANTUM + begin, &low, sizeof low);
+    }
   }
 }
 
@@ -128,8 +127,8 @@ void quantize(const float* x, uint8_t* codes, float* absmax, const Codebook& boo
       largest = std::max(largest, int32_t(as_bits(x[i]) & 0x7fffffff));
     absmax[q] = as_float(uint32_t(largest));
     const float divisor = as_float(std::max(uint32_t(largest), SMALLEST_NORMAL));
-    float scaled[QUANTUM];
-    int32_t bucket[QUANTUM];
+    alignas(64) float scaled[QUANTUM];
+    alignas(64) int32_t bucket[QUANTUM];
     for (int i = 0; i < QUANTUM; ++i) {
       scaled[i] = x[i] / divisor;
       const uint32_t bits = as_bits(scaled[i]);
@@ -145,13 +144,16 @@ void quantize(const float* x, uint8_t* codes, float* absmax, const Codebook& boo
 
 // -- the update -------------------------------------------------------------------------------------
 
-void adamw(float* w, const float* grad, float* m, float* v, const Numbers& n) {
-#pragma GCC ivdep
+void adamw(float* __restrict w, const float* __restrict grad, float* __restrict m,
+           float* __restrict v, const Numbers& numbers) {
+  const Numbers n = numbers;  // in registers: no store can change a copy
   for (int i = 0; i < BLOCK; ++i) {
     const float g = grad[i] * n.factor;
-    m[i] = FMA(g, n.m_share, m[i] * n.beta1);
-    v[i] = FMA(n.v_share * g, g, v[i] * n.beta2);
-    const float update = m[i] / (std::sqrt(v[i]) / n.root_correction2 + n.eps);
+    const float new_m = FMA(g, n.m_share, m[i] * n.beta1);
+    const float new_v = FMA(n.v_share * g, g, v[i] * n.beta2);
+    const float update = new_m / (std::sqrt(new_v) / n.root_correction2 + n.eps);
+    m[i] = new_m;
+    v[i] = new_v;
     w[i] = w[i] * n.rest - update * n.rate;
   }
 }

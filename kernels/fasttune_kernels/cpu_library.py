@@ -262,15 +262,13 @@ def _open() -> _Library | str:
         return (
             f"{FILE.name} is of another version ({version}, not {VERSION}); install fasttune again"
         )
-    pointer, integer = ctypes.c_void_p, ctypes.c_int
+    pointer = ctypes.c_void_p
     functions.fasttune_cpu_level_name.restype = ctypes.c_char_p
     functions.fasttune_cpu_sources.restype = ctypes.c_char_p
-    run_by = [integer, integer, pointer]
-    functions.fasttune_cpu_optimizer_step.argtypes = [pointer, *run_by]
-    functions.fasttune_cpu_gradient_norm.argtypes = [
-        *(ctypes.c_int64, pointer, pointer, pointer),
-        *run_by,
-    ]
+    by: list[Any] = [ctypes.c_int, ctypes.c_int, pointer]
+    norm: list[Any] = [ctypes.c_int64, pointer, pointer, pointer, *by]
+    functions.fasttune_cpu_optimizer_step.argtypes = [pointer, *by]
+    functions.fasttune_cpu_gradient_norm.argtypes = norm
     functions.fasttune_cpu_gradient_norm.restype = ctypes.c_float
     return _Library(functions, functions.fasttune_cpu_highest_level(), _openmp())
 
