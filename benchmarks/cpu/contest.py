@@ -34,6 +34,7 @@ MEASUREMENTS = {
     "adafactor": "benchmarks.cpu.updates:adafactor",
     "lion": "benchmarks.cpu.updates:lion",
     "clip": "benchmarks.cpu.updates:clip",
+    "arena": "benchmarks.cpu.arena:arena",
     "loop": "benchmarks.cpu.loop:loop",
     "quickstart": "benchmarks.cpu.quickstart:quickstart",
 }
