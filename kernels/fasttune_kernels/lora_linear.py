@@ -100,7 +100,8 @@ def lora_linear_forward(
         y, low = forward_by_triton(x, x2, weight, bias, adapters)
     else:
         y, low = forward_by_torch(x, x2, weight, bias, adapters)
-    return y.view(*shape, -1), x.new_empty(0) if low is None else low.view(*shape, -1)
+    y = y.view(*shape, y.shape[1])
+    return y, x.new_empty(0) if low is None else low.view(*shape, low.shape[1])
 
 
 @torch.library.custom_op("fasttune::lora_linear_backward", mutates_args=())
@@ -138,7 +139,8 @@ def lora_linear_backward(
     dinputs = [dy.new_empty(0), dy.new_empty(0)]
     for i, (_, begin, end) in enumerate(buffers if wants_x else []):
         added = as_matrix(residual) if residual is not None and i == 0 else None
-        dinputs[i] = input_gradient(dy, weight, dlow, adapters, added, begin, end).view(*shape, -1)
+        dx = input_gradient(dy, weight, dlow, adapters, added, begin, end)
+        dinputs[i] = dx.view(*shape, end - begin)
     dweight = torch.empty_like(weight) if wants_weight else dy.new_empty(0)
     for buffer, begin, end in buffers if wants_weight else []:
         torch.mm(dy.t(), buffer, out=dweight[:, begin:end])
