@@ -19,6 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
+from fasttune_kernels.dispatch import runs_triton
+from fasttune_kernels.group_norm_silu_launch import launch_backward, launch_forward
+
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -69,11 +72,28 @@ def memory_format(x: Tensor) -> torch.memory_format:
 
 def _joint(x: Tensor, skip: Tensor | None, add: Tensor | None) -> Tensor:
     """What is normalised, in x's dtype and memory format."""
+    kind = memory_format(x)
     if skip is not None:
         x = torch.cat([x, skip], dim=1)
     if add is not None:
         x = x + add.to(x.dtype)[:, :, None, None]
-    return x.contiguous(memory_format=memory_format(x))
+    return x.contiguous(memory_format=kind)
+
+
+def _aten_fits(x: Tensor) -> bool:
+    """Whether aten's group norm takes both memory formats, float32 weights beside x of another dtype,
+    and keeps float32 statistics then. On a GPU it does not, and MPS has no backward before 2.13."""
+    return x.device.type == "cpu"
+
+
+def _launches(x: Tensor) -> bool:
+    return runs_triton(x) and x.dtype is not torch.float64
+
+
+def _image(flat: Tensor, x: Tensor) -> Tensor:
+    """(B, HW, C), dense, as (B, C, H, W) in the memory format of x."""
+    image = flat.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
+    return image.contiguous(memory_format=memory_format(x))
 
 
 def _sizes(x: Tensor, groups: int) -> tuple[int, int, int, int]:
@@ -99,9 +119,12 @@ def group_norm_silu_forward(
     y, mean, rstd = _allocate_forward(x, skip, groups)
     if y.numel() == 0:
         return y, mean.zero_(), rstd.zero_()
+    if _launches(x):
+        flat, mean, rstd = launch_forward(x, skip, weight, bias, add, groups, eps, silu)
+        return _image(flat, x), mean, rstd
     joint, dtype = _joint(x, skip, add), _accumulated(x)
     weight, bias = weight.to(dtype), bias.to(dtype)
-    if x.device.type == "cpu":  # statistics in float32 and either memory format
+    if _aten_fits(x):
         y, mean, rstd = torch.native_group_norm(joint, weight, bias, *_sizes(joint, groups), eps)
         return (F.silu(y, inplace=True) if silu else y), mean, rstd
     wide = joint.to(dtype)
@@ -154,11 +177,29 @@ def group_norm_silu_backward(
     if dy.numel() == 0:
         made = _allocate_backward(x, skip, weight, wants_weight, wants_add)
         return tuple(gradient.zero_() for gradient in made)  # type: ignore[return-value]
+    if _launches(x):
+        dx, dskip, *vectors = launch_backward(
+            dy,
+            x,
+            skip,
+            weight,
+            bias,
+            add,
+            mean,
+            rstd,
+            residual,
+            silu,
+            wants_weight,
+            wants_add,
+        )
+        dskip = dskip if skip is None else _image(dskip, x)
+        return _image(dx, x), dskip, *vectors  # type: ignore[return-value]
     joint, dtype = _joint(x, skip, add), _accumulated(x)
     dy = dy.contiguous(memory_format=memory_format(joint))
     weight, bias = weight.to(dtype), bias.to(dtype)
-    differentiate = _differentiate_on_cpu if x.device.type == "cpu" else _differentiate_anywhere
-    djoint, dweight, dbias = differentiate(dy, joint, weight, bias, mean, rstd, silu, wants_weight)
+    djoint, dweight, dbias = _differentiate_with_aten(
+        dy, joint, weight, bias, mean, rstd, silu, wants_weight
+    )
     dadd = djoint.sum(dim=(2, 3), dtype=dtype) if wants_add else x.new_empty(0, dtype=dtype)
     if residual is not None:
         djoint += residual
@@ -171,7 +212,7 @@ def group_norm_silu_backward(
     return dx.clone(memory_format=kind), dskip.clone(memory_format=kind), dadd, dweight, dbias
 
 
-def _differentiate_on_cpu(
+def _differentiate_with_aten(
     dy: Tensor,
     x: Tensor,
     weight: Tensor,
@@ -181,38 +222,23 @@ def _differentiate_on_cpu(
     silu: bool,
     wants_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    groups = mean.shape[1]
+    """dx, dweight and dbias of what is normalised."""
     if silu:
         z = _affine(x.to(weight.dtype), mean, rstd, weight, bias)
-        dy = torch.ops.aten.silu_backward(dy.to(z.dtype), z).to(x.dtype)
-    return torch.ops.aten.native_group_norm_backward(
-        dy, x, mean, rstd, weight, *_sizes(x, groups), [True, wants_weight, wants_weight]
-    )
-
-
-def _differentiate_anywhere(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    silu: bool,
-    wants_weight: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """In float32 and operators that every device has; aten's own take weights of x's dtype alone, and
-    MPS has its backward in recent versions only."""
-    x, dz = x.to(weight.dtype), dy.to(weight.dtype)
-    if silu:
-        dz = torch.ops.aten.silu_backward(dz, _affine(x, mean, rstd, weight, bias))
-    x_hat = (x - _of_channels(mean, x)).mul_(_of_channels(rstd, x))
-    dbias, dweight = dz.sum(dim=(2, 3)), (dz * x_hat).sum(dim=(2, 3))  # of each sample
+        dy = torch.ops.aten.silu_backward(dy.to(z.dtype), z)
+    if _aten_fits(x):
+        sizes, wants = _sizes(x, mean.shape[1]), [True, wants_weight, wants_weight]
+        aten = torch.ops.aten.native_group_norm_backward
+        return aten(dy.to(x.dtype), x, mean, rstd, weight, *sizes, wants)
+    dz = dy.to(weight.dtype)
+    u_hat = (x - _of_channels(mean, x)).mul_(_of_channels(rstd, x))
+    dbias, dweight = dz.sum(dim=(2, 3)), (dz * u_hat).sum(dim=(2, 3))  # of each sample
     groups, count = mean.shape[1], x[0].numel() // mean.shape[1]
-    dmean, dvar = (
+    dmean, slope = (
         (sums * weight).unflatten(1, (groups, -1)).sum(dim=2) / count for sums in (dbias, dweight)
     )
-    dx = dz * weight[:, None, None] - _of_channels(dmean, x) - x_hat.mul_(_of_channels(dvar, x))
-    return dx.mul_(_of_channels(rstd, x)).to(dy.dtype), dweight.sum(dim=0), dbias.sum(dim=0)
+    dx = dz * weight[:, None, None] - _of_channels(dmean, x) - u_hat.mul_(_of_channels(slope, x))
+    return dx.mul_(_of_channels(rstd, x)).to(x.dtype), dweight.sum(dim=0), dbias.sum(dim=0)
 
 
 def _allocate_backward(
@@ -238,28 +264,14 @@ def _(
     bias: Tensor,
     add: Tensor | None,
     groups: int,
-    eps: float,
-    silu: bool,
+    *_,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return _allocate_forward(x, skip, groups)
 
 
 @group_norm_silu_backward.register_fake
-def _(
-    dy: Tensor,
-    x: Tensor,
-    skip: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    add: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    residual: Tensor | None,
-    groups: int,
-    silu: bool,
-    wants_weight: bool,
-    wants_add: bool,
-) -> Gradients:
+def _(dy: Tensor, x: Tensor, skip: Tensor | None, weight: Tensor, *others) -> Gradients:
+    *_, wants_weight, wants_add = others
     return _allocate_backward(x, skip, weight, wants_weight, wants_add)
 
 

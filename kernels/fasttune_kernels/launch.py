@@ -26,6 +26,7 @@ OP_FILES: tuple[str, ...] = (
     "geglu",
     "gelu_tanh",
     "gradient_norm",
+    "group_norm_silu_launch",
     "lora_linear_launches",
     "norm_modulate_launch",
     "optimizer_step_kernels",
