@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from fasttune_kernels import cpu_library
 from fasttune_kernels.jit import HAS_TRITON
 
 Backend = Literal["triton", "torch"]
@@ -38,6 +39,11 @@ def runs_triton(x: Tensor) -> bool:
     if _forced is not None:
         return _forced == "triton"
     return HAS_TRITON and x.is_cuda
+
+
+def runs_cpp(x: Tensor) -> bool:
+    """Whether an operation on `x` that csrc/cpu has runs there: on the CPU, where it is built."""
+    return _forced is None and x.device.type == "cpu" and cpu_library.available()
 
 
 def arch(device: torch.device) -> str:

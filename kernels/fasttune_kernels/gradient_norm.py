@@ -5,9 +5,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fasttune_kernels import cpu_library
 from fasttune_kernels.arena import is_dense, read
 from fasttune_kernels.arena_tables import ChunkConfig, tables_of
-from fasttune_kernels.dispatch import runs_triton
+from fasttune_kernels.dispatch import runs_cpp, runs_triton
 from fasttune_kernels.jit import jit, tl
 from fasttune_kernels.launch import TARGETS, Launch
 
@@ -82,6 +83,8 @@ def _launch_norm(grads: Sequence[Tensor]) -> Tensor:
 def _gradient_norm_op(grads: Sequence[Tensor]) -> Tensor:
     if runs_triton(grads[0]):
         return _launch_norm(grads)
+    if runs_cpp(grads[0]):
+        return cpu_library.gradient_norm(grads)
     norms = torch._foreach_norm(list(grads), 2.0, dtype=torch.float32)
     return torch.linalg.vector_norm(torch.stack(list(norms)))
 

@@ -10,12 +10,11 @@ rounding and compensation of bf16 weights, https://arxiv.org/abs/2010.06192.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from fasttune_kernels import dispatch, optimizer_step_kernels
+from fasttune_kernels import cpu_library, dispatch, optimizer_step_kernels
 from fasttune_kernels.arena import (
     BLOCK,
     QUANTUM,
@@ -92,9 +91,10 @@ def _optimizer_step_op(
     step: Callable[..., None]
     if dispatch.runs_triton(m):
         step = optimizer_step_kernels.launch_step
+    elif dispatch.runs_cpp(m):
+        step = cpu_library.optimizer_step_
     else:
-        cpp = cpp_for(m)
-        step = cpp.optimizer_step_ if cpp else _step_torch
+        step = _step_torch
     step(
         *(weights, grads, m, v, m_absmax, v_absmax, ema, compensation),
         *(groups, hyper, scalars, beta1, beta2, eps, rounding, seed),
@@ -102,17 +102,6 @@ def _optimizer_step_op(
 
 
 _optimizer_step_op.register_fake(lambda *arguments: None)
-
-
-def cpp_for(x: Tensor) -> Any:
-    """The C++ of csrc/cpu: for CPU tensors, where it is built. Else None."""
-    if x.device.type != "cpu" or dispatch._forced is not None:
-        return None
-    try:
-        from fasttune_kernels import cpu_library
-    except ImportError:
-        return None
-    return cpu_library if cpu_library.available() else None
 
 
 # -- PyTorch implementation ------------------------------------------------------------------------
@@ -276,11 +265,19 @@ def optimizer_step_(
 
 
 def laid_out_as(weights: Sequence[Tensor], grads: Sequence[Tensor]) -> list[Tensor]:
-    """The gradients themselves where their elements are in the order of the weight's, else copies."""
+    """The gradients with the strides of their weights: copies only of those whose elements are in
+    another order, which strides of dimensions of size 1 do not tell."""
     return [
-        g if g.stride() == w.stride() else torch.empty_like(w, dtype=g.dtype).copy_(g)
+        g if g.stride() == w.stride() else _strided_as(w, g)
         for w, g in zip(weights, grads, strict=True)
     ]
+
+
+def _strided_as(w: Tensor, g: Tensor) -> Tensor:
+    order = [(a, b) for a, b, size in zip(w.stride(), g.stride(), w.shape, strict=True) if size > 1]
+    if all(a == b for a, b in order):
+        return g.as_strided(w.shape, w.stride())
+    return torch.empty_like(w, dtype=g.dtype).copy_(g)
 
 
 def _check_grads(weights: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
