@@ -30,8 +30,10 @@ class BuildLibrary(build_ext):
 
     def build_extensions(self) -> None:
         for extension in self.extensions:
-            problem = self.build(Path(self.get_ext_fullpath(extension.name)))
+            target = Path(self.get_ext_fullpath(extension.name))
+            problem = self.build(target)
             if problem:
+                target.unlink(missing_ok=True)  # of an earlier build
                 self.warn(
                     f"the library of csrc/cpu is not built ({problem}); fasttune works without it,"
                     " with PyTorch in its place, and optimizer steps on the CPU are slower"
