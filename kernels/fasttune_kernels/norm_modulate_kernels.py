@@ -158,11 +158,6 @@ def norm_forward_kernel(
 
 
 @jit
-def _add_both(a1, a0, b1, b0):
-    return a1 + b1, a0 + b0
-
-
-@jit
 def norm_backward_kernel(
     dy_ptr,
     x_ptr,
@@ -224,7 +219,7 @@ def norm_backward_kernel(
         if mean_ptr is None:
             dx = dy - x_hat * (tl.sum(dy * x_hat, 1) / width)[:, None]
         else:  # one exchange between the warps for both sums
-            product, plain = tl.reduce((dy * x_hat, dy), 1, _add_both)
+            product, plain = tl.split(tl.sum(tl.join(dy * x_hat, dy), 1))
             dx = dy - x_hat * (product / width)[:, None] - (plain / width)[:, None]
         dx *= rstd[:, None]
         if residual_ptr is not None:
