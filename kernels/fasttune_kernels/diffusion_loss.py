@@ -73,7 +73,7 @@ def _target(
 
 
 def _per_sample(x: Tensor, like: Tensor) -> Tensor:
-    return x.view(-1, *[1] * (like.dim() - 1))
+    return x.to(like.dtype).view(-1, *[1] * (like.dim() - 1))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -95,7 +95,7 @@ class DiffusionLossConfig:
         return cls(block=512, num_warps=2 if arch.startswith("gfx9") else 4)
 
     def options(self) -> dict[str, Any]:
-        """The compiler's. Without a loop there is nothing to pipeline, so there is one stage."""
+        """The compiler's. One block a program leaves nothing to pipeline, so there is one stage."""
         return {"num_warps": self.num_warps, "num_stages": 1, "enable_fp_fusion": True}
 
 
@@ -140,11 +140,12 @@ def diffusion_loss_forward(
         error = error - _target(error, clean, noise, clean_factor, noise_factor)
         loss, slope = _distance(error, kind, huber_delta)
         if mask is not None:
+            mask = mask.to(error.dtype)
             loss, slope = loss * mask, slope * mask
         if wants_gradient:
             gradient.copy_(slope)
         loss = loss.flatten(1).mean(1)
-        return loss if weight is None else loss * weight, gradient
+        return loss if weight is None else loss * weight.to(loss.dtype), gradient
     config = DiffusionLossConfig.from_heuristic(arch(prediction.device))
     channels_last = _is_channels_last(prediction)
     seen = _as_kernels_see(prediction, channels_last=channels_last)
@@ -187,7 +188,7 @@ def diffusion_loss_backward(
     dprediction = torch.empty_like(gradient, dtype=dtype)
     numel = math.prod(gradient.shape[1:])
     if not _launches(gradient):
-        scale = (dloss if weight is None else dloss * weight) / numel
+        scale = (dloss if weight is None else dloss * weight.to(dloss.dtype)) / numel
         return dprediction.copy_(gradient * _per_sample(scale, gradient))
     config = DiffusionLossConfig.from_heuristic(arch(gradient.device))
     kernels.backward_kernel[(-(-numel // config.block), len(gradient))](
@@ -305,6 +306,8 @@ def diffusion_loss(
             )
     if kind not in get_args(Kind):
         raise ValueError(f"diffusion_loss: kind is {kind!r}; give {', '.join(get_args(Kind))}")
+    if kind == "huber" and not huber_delta > 0:
+        raise ValueError(f"diffusion_loss: huber_delta is {huber_delta}; it must be larger than 0")
     loss, _ = diffusion_loss_forward(
         prediction,
         clean,

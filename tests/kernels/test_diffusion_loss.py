@@ -153,6 +153,17 @@ def test_what_is_left_out_is_zero_and_one(backend: Backend) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_operands_of_any_dtype(backend: Backend) -> None:
+    given, prediction = operands((2, 3, 4)), torch.randn(2, 3, 4)
+    for dtype in (torch.float64, torch.bfloat16):
+        rounded = {k: v.to(dtype) for k, v in given.items()}
+        with forced(backend):
+            ours = with_gradient(diffusion_loss, prediction, torch.ones(2), rounded)
+            same = {k: v.float() for k, v in rounded.items()}
+            assert_close(ours, with_gradient(diffusion_loss, prediction, torch.ones(2), same))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_many_partial_sums(backend: Backend) -> None:
     # more blocks than the second stage adds at once, and a last one that is not full
     n = DiffusionLossConfig.from_heuristic("sm_80").block ** 2 // 128 + 1
@@ -278,6 +289,7 @@ def test_compiles_without_a_break() -> None:
         ({"mask": torch.zeros(2, 3, 6, 5)}, r"mask is \(2, 3, 6, 5\)"),
         ({"noise": torch.zeros(2, 4, 6, 5, requires_grad=True)}, "noise requires a gradient"),
         ({"kind": "mae"}, "'mae'; give mse, l1, huber"),
+        ({"kind": "huber", "huber_delta": 0.0}, "huber_delta is 0.0"),
         ({"prediction": torch.zeros(2, 4, 6, 5, dtype=torch.int64)}, "torch.int64"),
         ({"prediction": torch.zeros(2)}, r"\(2,\)"),
     ],
