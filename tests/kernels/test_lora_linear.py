@@ -294,11 +294,11 @@ def test_runs_are_the_same_bit_for_bit(backend: Backend, monkeypatch: pytest.Mon
 
 def test_rows_in_several_groups_are_summed_up(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch, "gfx1100")
+    monkeypatch.setattr(lora_linear_launches, "num_processors", lambda device: 1)
     config = lora_linear_launches.GradientConfig.from_heuristic("gfx1100")
-    assert config.group_rows(100, 2, 4) == 32  # 4 groups, of which the last has 4 rows
-    case = {"rank": 2, "slices": [0, 70]}
+    assert config.group_rows(100, 1, 1) == 2 * config.block_m  # 64 rows and 36, in blocks of 32
     with forced("triton"):
-        check(inputs(case, torch.float32, (100,)), torch.randn(100, 70))
+        check(inputs(CASES["dropout"], torch.float32, (100,)), torch.randn(100, 70))
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
