@@ -3,7 +3,8 @@
 A fused block names what it keeps ("qkv", "mlp", "attention", ...). A `Policy` says of each name
 
     save        as it is
-    int8        one scale a row, half the bytes; the backward works with the rounded values
+    int8        one scale a row (a token, or a channel of a feature map), half the bytes; the backward
+                works with the rounded values
     offload     in host memory, copied beside the computation (where the device is the host, nothing)
     recompute   not at all: the backward computes it again from what there is
 
@@ -13,10 +14,12 @@ tensors have no name in the policy and are saved.
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
+
+from fasttune_kernels.quantize_rows import dequantize_rows, quantize_rows
 
 Choice = Literal["save", "int8", "offload", "recompute"]
 CHOICES: tuple[Choice, ...] = get_args(Choice)
@@ -35,7 +38,7 @@ class Policy:
         return self.choices.get(name, self.default)
 
 
-def policy_of(activations: Choice | Mapping[str, Choice]) -> Policy:
+def policy_of(activations: Choice | Mapping[Any, Choice]) -> Policy:
     """The policy of one choice for all, or of a table whose "default" is for what it leaves out."""
     if isinstance(activations, str):
         return Policy(activations)
@@ -74,22 +77,3 @@ class Kept:
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)
-
-
-def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """(B, N, ...) -> int8 codes of the same shape, and the scale of each of the B x N rows, (B, N) float32.
-
-    Symmetric, to nearest: |error| <= amax / 254 of the row; 41 dB below a normal row of 3072. Rows of a
-    feature map (B, C, H, W) are its channels. A row of zeros has scale 0.
-    """
-    rows = x.flatten(2).float()
-    scales = rows.abs().amax(-1) / 127
-    inverse = torch.where(scales > 0, 1 / scales, 0.0)
-    codes = (rows * inverse[..., None]).round().to(torch.int8)
-    return codes.view_as(x) if x.is_contiguous() else codes.reshape(x.shape), scales
-
-
-def dequantize_rows(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """The tensor that `quantize_rows` rounded, in `dtype`."""
-    shape = (*scales.shape, *(1,) * (codes.ndim - scales.ndim))
-    return (codes * scales.view(shape)).to(dtype)

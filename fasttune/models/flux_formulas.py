@@ -85,12 +85,16 @@ def single_backward(
     def normed() -> Tensor:
         return _modulated(x, scale, shift)[0]
 
-    qkv = kept["qkv"] if "qkv" in kept else c.project("qkv", t, normed())[0]
-    q, k, v = _single_qk(c, t, qkv)
+    def joint() -> Tensor:
+        return kept["qkv"] if "qkv" in kept else c.project("qkv", t, normed())[0]
+
+    # Each tensor is fetched when it is needed, which for int8 is when its bf16 form is made.
+    qkv = None
     if "attention" in kept:
         out, lse = kept["attention"], kept["lse"]
     else:
-        out, lse = attention_forward(q, k, v, mask)
+        qkv = joint()
+        out, lse = attention_forward(*_single_qk(c, t, qkv), mask)
     mlp = kept["mlp"] if "mlp" in kept else c.project("mlp", t, normed())[0]
 
     projection = c.projections["out"]
@@ -110,6 +114,8 @@ def single_backward(
     dmlp = gelu_tanh_backward(dhidden, mlp)
     del g, dhidden, mlp
 
+    qkv = joint() if qkv is None else qkv
+    q, k, v = _single_qk(c, t, qkv)
     dq, dk, dv = attention_backward(dout.view_as(out), q, k, v, out, lse, mask)
     del dout, out, q, k, v
     heads = qkv.unflatten(-1, (3, c.numbers["num_heads"], -1))
@@ -231,14 +237,18 @@ def double_backward(
         shift, scale = t[f"modulation{s}"].chunk(6, dim=-1)[:2]
         return _modulated(t[f"x{s}"], scale, shift)[0]
 
-    qkvs = [
-        kept[key] if (key := f"qkv{s}") in kept else c.project(key, t, normed(s))[0]
-        for s in (IMAGE, TEXT)
-    ]
-    packed = _double_qkv(c, t, *qkvs)
+    def joint() -> tuple[Any, ...]:
+        qkvs = [
+            kept[key] if (key := f"qkv{s}") in kept else c.project(key, t, normed(s))[0]
+            for s in (IMAGE, TEXT)
+        ]
+        return _double_qkv(c, t, *qkvs)
+
+    packed = None
     if "attention" in kept:
         out, lse = kept["attention"], kept["lse"]
     else:
+        packed = joint()
         out, lse = attention_forward(*qk_norm_rope_forward(*packed), mask)
     parts = {IMAGE: out[:, num_text_tokens:], TEXT: out[:, :num_text_tokens]}
 
@@ -251,12 +261,13 @@ def double_backward(
         )
 
     dout = torch.cat([douts.pop(TEXT), douts.pop(IMAGE)], dim=1)
+    packed = joint() if packed is None else packed
     q, k, v = qk_norm_rope_forward(*packed)
     dq, dk, dv = attention_backward(dout.view_as(out), q, k, v, out, lse, mask)
     del dout, out, parts, q, k, v
     wants_weights = "attn.norm_q.weight" in c.wanted
     dqkv, dtext_qkv, *dweights = qk_norm_rope_backward(dq, dk, dv, *packed, wants_weights)
-    del dq, dk, dv, packed, qkvs
+    del dq, dk, dv, packed
     names = ("norm_q", "norm_k", "norm_added_q", "norm_added_k")
     found |= zip([f"attn.{name}.weight" for name in names], dweights, strict=True)
 

@@ -7,6 +7,7 @@ product while each keeps its name, its parameter and its place in the checkpoint
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -137,7 +138,7 @@ def projection(block: nn.Module, *members: str) -> Projection:
 
     Adapters of the members have one rank, scale and dropout. ValueError if they differ in that, in their
     inputs, or in having a bias."""
-    modules = [block.get_submodule(name) for name in members]
+    modules: list[Any] = [block.get_submodule(name) for name in members]
     adapted = tuple(hasattr(module, "lora_A") for module in modules)
     settings = {
         (module.lora_alpha / len(module.lora_A), module.lora_dropout, len(module.lora_A))

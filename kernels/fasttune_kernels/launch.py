@@ -31,6 +31,7 @@ OP_FILES: tuple[str, ...] = (
     "norm_modulate_launch",
     "optimizer_step_kernels",
     "qk_norm_rope_kernels",
+    "quantize_rows",
     "short_attention",
 )
 """Modules of this package that have LAUNCHES."""
