@@ -33,16 +33,16 @@ enum Rounding { NEAREST, STOCHASTIC, KAHAN };
 
 constexpr int size_of(int dtype) { return dtype == FLOAT32 ? 4 : dtype == UINT8 ? 1 : 2; }
 
-// Codes of 8-bit state are found by the first bits of a float: its exponent, from 2^-24 to 1, and 7 bits
-// of the mantissa. In such a bucket there is at most one middle between two values of the map.
-constexpr int BUCKET_SHIFT = 16;
+// The code of a number is found by the first 16 bits of a float: sign, exponent, from 2^-24 to 1, and 7 bits
+// of the mantissa. In such a bucket there is at most one middle between two values of the map, and an
+// addition compares the other 16 bits with the middle's: of `buckets`, the upper half is the number of middles
+// below, and the lower one such that the sum with these bits carries into it beyond the middle.
 constexpr int32_t ONE = 127 << 23, FIRST_BUCKET = (127 - 24) << 23;
-constexpr int NUM_BUCKETS = ((ONE - FIRST_BUCKET) >> BUCKET_SHIFT) + 1;
+constexpr int NUM_BUCKETS = ((ONE - FIRST_BUCKET) >> 16) + 1;
 constexpr uint32_t SMALLEST_NORMAL = 1u << 23;
 
 struct Codebook {
-  float middles[256];             // middles[i] is between the values i and i + 1; the last is infinite
-  uint8_t first[2 * NUM_BUCKETS];  // smallest code in a bucket; buckets of negative numbers come second
+  uint32_t buckets[2 * NUM_BUCKETS];  // those of negative numbers come second; their bits are complemented
 };
 
 // As the class of this name in cpu_library.py.
@@ -82,26 +82,30 @@ double sum_pairwise(const double* x, int64_t count) {
   return sum_pairwise(x, count / 2) + sum_pairwise(x + count / 2, count - count / 2);
 }
 
+// Index of a bucket by its place in the order of numbers.
+int at_place(int place) { return place < NUM_BUCKETS ? 2 * NUM_BUCKETS - 1 - place : place - NUM_BUCKETS; }
+
 // False for values that are not increasing, or lie too close to each other for the buckets.
 bool fill(const float* values, Codebook& book) {
-  for (int i = 0; i < 255; ++i) {
-    if (!(values[i] < values[i + 1])) return false;
-    book.middles[i] = (values[i + 1] + values[i]) / 2;
+  std::fill_n(book.buckets, 2 * NUM_BUCKETS, 0u);
+  int last = -1;  // in the order of numbers
+  for (int code = 0; code < 255; ++code) {
+    if (!(values[code] < values[code + 1])) return false;
+    const float middle = (values[code + 1] + values[code]) / 2;
+    int32_t bits;
+    std::memcpy(&bits, &middle, 4);
+    const bool negative = bits < 0;
+    bits &= 0x7fffffff;
+    if (bits < FIRST_BUCKET || bits >= ONE) return false;
+    const int index = (bits - FIRST_BUCKET) >> 16;
+    const int place = negative ? NUM_BUCKETS - 1 - index : NUM_BUCKETS + index;
+    if (place == last) return false;
+    for (int between = last + 1; between <= place; ++between)
+      book.buckets[at_place(between)] = uint32_t(code) << 16;
+    book.buckets[at_place(place)] += negative ? bits & 0xffff : 0xffff - (bits & 0xffff);
+    last = place;
   }
-  book.middles[255] = INFINITY;
-  int below = 0;  // how many middles are less than the bucket's least number
-  for (int place = -NUM_BUCKETS; place < NUM_BUCKETS; ++place) {
-    const int index = place < 0 ? -1 - place : place;
-    const int32_t from = index == 0 ? 0 : FIRST_BUCKET + (index << BUCKET_SHIFT);
-    const int32_t to = std::min(FIRST_BUCKET + ((index + 1) << BUCKET_SHIFT), ONE);
-    float low, high;
-    std::memcpy(&low, &from, 4);
-    std::memcpy(&high, &to, 4);
-    const float least = place < 0 ? -high : low, most = place < 0 ? -low : high;
-    while (book.middles[below] < least) ++below;
-    if (below < 254 && book.middles[below + 1] < most) return false;
-    book.first[place < 0 ? NUM_BUCKETS + index : index] = uint8_t(below);
-  }
+  for (int rest = last + 1; rest < 2 * NUM_BUCKETS; ++rest) book.buckets[at_place(rest)] = 255u << 16;
   return true;
 }
 

@@ -120,25 +120,22 @@ void dequantize(const uint8_t* codes, const float* absmax, const float* values, 
     for (int i = q * QUANTUM; i < (q + 1) * QUANTUM; ++i) to[i] = values[codes[i]] * absmax[q];
 }
 
-void quantize(const float* x, uint8_t* codes, float* absmax, const Codebook& book) {
+void quantize(const float* x, uint8_t* __restrict codes, float* absmax, const Codebook& book) {
   for (int q = 0; q < BLOCK / QUANTUM; ++q, x += QUANTUM, codes += QUANTUM) {
     int32_t largest = 0;  // as bits, in which NaN is larger than all else
     for (int i = 0; i < QUANTUM; ++i)
       largest = std::max(largest, int32_t(as_bits(x[i]) & 0x7fffffff));
     absmax[q] = as_float(uint32_t(largest));
     const float divisor = as_float(std::max(uint32_t(largest), SMALLEST_NORMAL));
-    alignas(64) float scaled[QUANTUM];
-    alignas(64) int32_t bucket[QUANTUM];
+    alignas(64) uint32_t bucket[QUANTUM], rest[QUANTUM];
     for (int i = 0; i < QUANTUM; ++i) {
-      scaled[i] = x[i] / divisor;
-      const uint32_t bits = as_bits(scaled[i]);
+      const uint32_t bits = as_bits(x[i] / divisor), negative = uint32_t(int32_t(bits) >> 31);
       const int32_t size = std::min(std::max(int32_t(bits & 0x7fffffff), FIRST_BUCKET), ONE);
-      bucket[i] = ((size - FIRST_BUCKET) >> BUCKET_SHIFT) + (bits >> 31 ? NUM_BUCKETS : 0);
+      bucket[i] = (uint32_t(size - FIRST_BUCKET) >> 16) + (negative & NUM_BUCKETS);
+      rest[i] = (uint32_t(size) ^ negative) & 0xffff;
     }
-    for (int i = 0; i < QUANTUM; ++i) {
-      const int below = book.first[bucket[i]];
-      codes[i] = uint8_t(below + (scaled[i] > book.middles[below]));
-    }
+#pragma GCC unroll 8
+    for (int i = 0; i < QUANTUM; ++i) codes[i] = uint8_t((book.buckets[bucket[i]] + rest[i]) >> 16);
   }
 }
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fasttune_kernels import cpu_library
 from fasttune_kernels.arena import Arena, random_words
-from fasttune_kernels.blockwise import dequantize_blockwise, quantize_blockwise
+from fasttune_kernels.blockwise import dequantize_blockwise, dynamic_map, quantize_blockwise
 from fasttune_kernels.dispatch import forced
 from fasttune_kernels.optimizer_step import optimizer_step_
 
@@ -276,6 +276,29 @@ def test_8_bit_state_is_that_of_the_definition(level: str) -> None:
         assert codes.unique().numel() > 200
     for a, b in zip(run.weights, exact.weights, strict=True):
         assert a.equal(b)
+
+
+@built
+@each_level
+def test_codes_on_both_sides_of_every_border(level: str) -> None:
+    values = dynamic_map(True, torch.device("cpu"))
+    middles = (values[1:] + values[:-1]) / 2
+    near = [middles, *(middles.nextafter(torch.tensor(end)) for end in (-2.0, 2.0))]
+    small = torch.tensor([0.0, -0.0, 1e-30, -1e-30, 1e-41, 2.0**-24, -(2.0**-24), -1.0])
+    numbers = torch.cat([*near, small, values])
+    rows = torch.nn.functional.pad(numbers, (0, -len(numbers) % 255)).view(-1, 255)
+    grad = torch.cat([rows, torch.ones(len(rows), 1)], dim=1).view(
+        -1
+    )  # the scale of each block is 1
+    weight = torch.zeros_like(grad)
+    arena = Arena.of([weight])
+    run = Run([weight], arena.zeros(torch.uint8, "cpu"), arena.zeros(torch.uint8, "cpu"))
+    run.m_absmax, run.v_absmax = arena.absmax("cpu"), arena.absmax("cpu")
+    arguments = {**run.arguments([grad], 1, factor=1.0), "beta1": 0.0}
+    cpu_library.optimizer_step_(**arguments, level=level)
+    codes, absmax = quantize_blockwise(grad, True)
+    assert run.m[: len(grad)].equal(codes)
+    assert run.m_absmax[: len(absmax)].equal(absmax)
 
 
 @built
