@@ -82,7 +82,9 @@ def _joint(x: Tensor, skip: Tensor | None, add: Tensor | None) -> Tensor:
 
 def _aten_fits(x: Tensor) -> bool:
     """Whether aten's group norm takes both memory formats, float32 weights beside x of another dtype,
-    and keeps float32 statistics then. On a GPU it does not, and MPS has no backward before 2.13."""
+    and keeps float32 statistics then: not on a GPU, and not every torch has its backward on MPS. Its
+    channels_last variance is E[x^2] - E[x]^2: at a mean of 10 standard deviations rstd is off by 2e-4
+    (of 16384 x 10 normal numbers, float32), where the contiguous one's is off by 1e-7."""
     return x.device.type == "cpu"
 
 

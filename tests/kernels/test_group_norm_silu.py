@@ -140,8 +140,8 @@ def test_near_the_truth(backend: Backend, case: Case) -> None:
 @pytest.mark.parametrize("weight_dtype", [None, torch.float32])
 def test_dtypes(backend: Backend, dtype: torch.dtype, weight_dtype: torch.dtype | None) -> None:
     with forced(backend):
-        check(Case(add=True, weight_dtype=weight_dtype), dtype)
-        check(Case(skip=4, weight_dtype=weight_dtype), dtype)
+        check(Case(batch=1, add=True, weight_dtype=weight_dtype), dtype)
+        check(Case(batch=1, skip=4, weight_dtype=weight_dtype), dtype)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -155,7 +155,7 @@ def test_where_atens_kernels_do_not_fit(case: Case, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("case", [Case(add=True), Case(channels=72, skip=24, groups=8)], ids=str)
+@pytest.mark.parametrize("case", [Case(add=True), Case(channels=18, skip=6)], ids=str)
 def test_raw_backward(backend: Backend, case: Case) -> None:
     """The residual is in dx and dskip and not in dadd; what is not wanted has no elements."""
     given = case.arguments(torch.float32)
@@ -229,10 +229,9 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("backend", "nhwc"), [("torch", True), ("torch", False), ("triton", True)])
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("nhwc", [True, False])
-def test_layouts(backend: Backend, layout: str, nhwc: bool) -> None:
+def test_layouts(backend: Backend, nhwc: bool, layout: str) -> None:
     change, given = LAYOUTS[layout], Case(nhwc=nhwc, skip=4).arguments(torch.float32)
     # an image of one value for all channels has no variance
     names = ("dy", "skip") if layout == "expanded" else ("dy", "skip", "x")
@@ -304,7 +303,7 @@ def test_opcheck(backend: Backend, nhwc: bool, skip: int) -> None:
         torch.library.opcheck(group_norm_silu_forward, (*inputs, 4, EPS, True))
 
 
-@pytest.mark.parametrize("case", [CASES[2], CASES[-1]], ids=str)
+@pytest.mark.parametrize("case", [Case(add=True), Case(batch=1, skip=8)], ids=str)
 def test_every_run_has_the_same_bits(case: Case) -> None:
     given = case.arguments(torch.float32)
     with forced("triton"):
