@@ -116,9 +116,9 @@ def _philox(counter: Tensor, stream: int, seed: Tensor) -> tuple[Tensor, ...]:
 
 def round_stochastic(x: Tensor, bits: Tensor) -> Tensor:
     """float32 -> bf16, up with the probability of the part that is cut off, so that the mean is x.
-    `bits` are int, 0 to 65535, uniform. What is not finite stays what it is."""
+    The low 16 of `bits`, int, are uniform. What is not finite stays what it is."""
     raw = x.view(torch.int32)
-    rounded = ((raw + bits.to(torch.int32)) & -65536).view(torch.float32)
+    rounded = ((raw + (bits & 0xFFFF).to(torch.int32)) & -65536).view(torch.float32)
     return torch.where(x.isfinite(), rounded, x).to(torch.bfloat16)
 
 
@@ -238,11 +238,18 @@ def write(ptr, value, mask, MASKED: tl.constexpr):
 
 @jit
 def round_bits(x, bits):
-    """float32 -> float32 with a bf16's mantissa, by 16 random bits."""
+    """`round_stochastic`, in float32 that a cast to bf16 does not change."""
     raw = x.to(tl.uint32, bitcast=True)
     finite = (raw & 0x7F800000) != 0x7F800000
     rounded = ((raw + (bits & 0xFFFF)) & 0xFFFF0000).to(tl.float32, bitcast=True)
     return tl.where(finite, rounded, x)
+
+
+@jit
+def half_bits(x):
+    """The bits by which `round_bits` rounds to the nearest bf16, and to even between two. A plain cast
+    does so on a GPU; Triton's interpreter loses the carry out of the mantissa."""
+    return 0x7FFF + ((x.to(tl.uint32, bitcast=True) >> 16) & 1)
 
 
 @jit

@@ -127,11 +127,11 @@ def _step_torch(
 ) -> None:
     """Works on ranges of the arenas, into which weights and gradients are gathered: a few dozen
     operations on a range, however many tensors are in it."""
-    on_cpu = m.device.type == "cpu"
-    if on_cpu and not scalars[2]:
+    keep: Tensor | None = None  # elsewhere, where nobody waits for it, what was there is written
+    if not _is_readable(scalars):
+        keep = scalars[2] != 0
+    elif not scalars[2]:
         return
-    # Elsewhere nobody waits for the device: a step that is not kept writes what was there.
-    keep = None if on_cpu else scalars[2] != 0
     lr, factor, _, correction1, correction2, ema_rest = scalars.unbind()
     sizes, dtypes = [w.numel() for w in weights], [w.dtype for w in weights]
     for pieces, begin, end in batches(sizes, dtypes, limit_of(m.device)):
@@ -169,6 +169,11 @@ def _step_torch(
         if ema is not None:
             before = _load(ema, None, span, True)
             _store(ema, None, span, before.lerp(rounded, ema_rest), True, keep, bits >> 16)
+
+
+def _is_readable(x: Tensor) -> bool:
+    """Without waiting for a device."""
+    return x.device.type == "cpu"
 
 
 def _bits(seed: Tensor, begin: int, end: int, stream: int) -> Tensor:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from fasttune_kernels.arena import quarter, read, round_bits, words_of, write
+from fasttune_kernels.arena import half_bits, quarter, read, round_bits, words_of, write
 from fasttune_kernels.arena_tables import ChunkConfig, tables_of
 from fasttune_kernels.blockwise import load_state, store_state
 from fasttune_kernels.ema_step import average
@@ -63,12 +63,13 @@ def _update(
         store_state(m_ptr, m_absmax_ptr, at, block, m, bits >> 16, in_arena, present, MASKED, True)
         store_state(v_ptr, v_absmax_ptr, at, block, v, bits, in_arena, present, MASKED, False)
         rounded = w
-        if ROUNDING == "stochastic" and weight_ptr.dtype.element_ty == tl.bfloat16:
-            rounded = round_bits(w, word)
+        if weight_ptr.dtype.element_ty == tl.bfloat16:
+            rounded = round_bits(w, word if ROUNDING == "stochastic" else half_bits(w))
         rounded = rounded.to(weight_ptr.dtype.element_ty).to(tl.float32)
         write(weight_ptr + local, rounded, inside, MASKED)
         if compensation_ptr is not None:
-            write(compensation_ptr + at, w - rounded, in_arena, MASKED)
+            cut = w - rounded
+            write(compensation_ptr + at, round_bits(cut, half_bits(cut)), in_arena, MASKED)
         if ema_ptr is not None:
             average(ema_ptr + at, rounded, ema_rest, word, in_arena, MASKED)
 
