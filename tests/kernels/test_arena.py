@@ -165,7 +165,8 @@ def test_blocks_are_those_of_bitsandbytes(signed: bool) -> None:
     codes, absmax = quantize_blockwise(x, signed)
     assert torch.equal(absmax, state.absmax)
     # Their CPU kernel looks small values up in a coarse table, so that ours are at least as near.
-    assert (codes != theirs).double().mean() < 0.02
+    large = x.view(8, 256).abs() > 0.1 * absmax[:, None]
+    assert large.sum() > 100 and (codes != theirs)[large.view(-1)].sum() <= 2
     error, their_error = (
         (dequantize_blockwise(c, absmax, signed) - x).abs() for c in (codes, theirs)
     )
