@@ -7,6 +7,10 @@
 //   bf16 weights, float32 state, float32 average   2 + 30 = 32
 //   bf16 weights, 8-bit state, bf16 average        2 + 14 = 16 (scales: 1/16 more)
 //
+// Measured on two cores of an EPYC (AVX-512) with 50 M weights and other load on the machine: float32 is at the
+// memory's rate (without its roots and quotients it takes as long), 16-bit and 8-bit state are limited by
+// arithmetic: of 3 ns a weight and core with 8 bits, quantization takes 0.9, Philox 0.3, AdamW itself 0.6.
+//
 // Threads take chunks of 64 tiles in turns. No result depends on which thread took what or on the number
 // of threads: elements are independent, random bits are a function of the place, and the norm is summed over chunks.
 
@@ -72,7 +76,7 @@ struct Step {
 
 // The numbers of a step for one tensor.
 struct Numbers {
-  float factor, beta1, m_share, beta2, v_share, root_correction2, eps, rate, rest, ema_share;
+  float factor, beta1, m_share, beta2, v_share, root_scale, eps, rate, rest, ema_share;
   uint64_t seed;
   const Codebook *m_book, *v_book;
 };
@@ -293,7 +297,7 @@ EXPORTED int fasttune_cpu_optimizer_step(const Step* step, int level, int num_th
     const float* hyper = s.hyper + 2 * s.groups[i];
     const float rate = hyper[0] * s.scalars[0], decay = hyper[1] * rate;
     numbers[i] = {s.scalars[1],   float(s.beta1),          float(1 - s.beta1),
-                  float(s.beta2), float(1 - s.beta2),      std::sqrt(s.scalars[4]),
+                  float(s.beta2), float(1 - s.beta2),      1 / std::sqrt(s.scalars[4]),
                   float(s.eps),   rate / s.scalars[3],     1 - decay,
                   s.scalars[5],   uint64_t(s.seed[0]),     &m_book,
                   &v_book};

@@ -148,7 +148,7 @@ void adamw(float* __restrict w, const float* __restrict grad, float* __restrict 
     const float g = grad[i] * n.factor;
     const float new_m = FMA(g, n.m_share, m[i] * n.beta1);
     const float new_v = FMA(n.v_share * g, g, v[i] * n.beta2);
-    const float update = new_m / (std::sqrt(new_v) / n.root_correction2 + n.eps);
+    const float update = new_m / (std::sqrt(new_v) * n.root_scale + n.eps);
     m[i] = new_m;
     v[i] = new_v;
     w[i] = w[i] * n.rest - update * n.rate;
@@ -177,6 +177,12 @@ float* tile_of(void* from, int dtype, int64_t count, float* buffer) {
   return buffer;
 }
 
+// The tile that follows into the second-level cache: 64 bytes at a time.
+void prefetch_next(const void* tile, int dtype) {
+  const int bytes = BLOCK * size_of(dtype);
+  for (int i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(tile) + bytes + i, 0, 2);
+}
+
 void step_tile(const Step& s, int64_t tensor, int64_t begin, const Numbers& n) {
   alignas(64) float w_buffer[BLOCK], g_buffer[BLOCK], m_buffer[BLOCK], v_buffer[BLOCK];
   alignas(64) uint32_t words[BLOCK];
@@ -186,6 +192,18 @@ void step_tile(const Step& s, int64_t tensor, int64_t begin, const Numbers& n) {
   const int64_t count = std::min<int64_t>(BLOCK, s.sizes[tensor] - begin);
   char* weight = static_cast<char*>(s.weights[tensor]) + begin * size_of(dtype);
   char* grad = static_cast<char*>(s.grads[tensor]) + begin * size_of(grad_dtype);
+
+  const int64_t state_at = at * size_of(s.state_dtype);
+  if (dtype != FLOAT32 || s.state_dtype != FLOAT32) {
+    // Between reading a tile and writing it there is time in which nothing is fetched: with bf16 weights a
+    // tenth of the step. float32 needs none, and was 12 % slower with it.
+    prefetch_next(weight, dtype);
+    prefetch_next(grad, grad_dtype);
+    prefetch_next(static_cast<char*>(s.m) + state_at, s.state_dtype);
+    prefetch_next(static_cast<char*>(s.v) + state_at, s.state_dtype);
+    if (s.ema != nullptr)
+      prefetch_next(static_cast<char*>(s.ema) + at * size_of(s.ema_dtype), s.ema_dtype);
+  }
 
   float* w = tile_of(weight, dtype, count, w_buffer);
   const float* g = tile_of(grad, grad_dtype, count, g_buffer);
