@@ -82,6 +82,28 @@ def _rstd(x, eps, WIDTH: tl.constexpr):
 
 
 @jit
+def _load(text_ptr, ptr, is_text, start, offset, mask):
+    """From one of two tensors. To choose a pointer first would fail on AMD in triton 3.6."""
+    if text_ptr is None:
+        x = tl.load(ptr + start + offset, mask, other=0.0)
+    elif is_text:
+        x = tl.load(text_ptr + start + offset, mask, other=0.0)
+    else:
+        x = tl.load(ptr + start + offset, mask, other=0.0)
+    return x
+
+
+@jit
+def _store(text_ptr, ptr, is_text, start, offset, x, mask):
+    if text_ptr is None:
+        tl.store(ptr + start + offset, x, mask)
+    elif is_text:
+        tl.store(text_ptr + start + offset, x, mask)
+    else:
+        tl.store(ptr + start + offset, x, mask)
+
+
+@jit
 def forward_kernel(
     q_ptr,
     k_ptr,
@@ -113,15 +135,12 @@ def forward_kernel(
     tiles: tl.constexpr = (HEADS + TILE_HEADS - 1) // TILE_HEADS
     token = (tl.program_id(0) // tiles).to(tl.int64)
     sample = tl.program_id(1).to(tl.int64)
-    x_ptr = qkv_ptr + sample * sample_stride + (token - num_text) * token_stride
-    if text_qkv_ptr is not None:
-        is_text = token < num_text
-        text_ptr = text_qkv_ptr + sample * text_sample_stride + token * text_token_stride
-        x_ptr = tl.where(is_text, text_ptr, x_ptr)
-        q_weight_ptr = tl.where(is_text, text_q_weight_ptr, q_weight_ptr)
-        k_weight_ptr = tl.where(is_text, text_k_weight_ptr, k_weight_ptr)
-        slot_stride = tl.where(is_text, text_slot_stride, slot_stride)
-        head_stride = tl.where(is_text, text_head_stride, head_stride)
+    is_text = token < num_text
+    text = sample * text_sample_stride + token * text_token_stride
+    image = sample * sample_stride + (token - num_text) * token_stride
+    at = tl.where(is_text, text, image)
+    slot_stride = tl.where(is_text, text_slot_stride, slot_stride)
+    head_stride = tl.where(is_text, text_head_stride, head_stride)
 
     start = (sample * num_tokens + token) * (HEADS * WIDTH)
     tile: tl.constexpr = (TILE_HEADS, TILE_WIDTH)
@@ -135,12 +154,12 @@ def forward_kernel(
     pair = head * 0 + tl.arange(0, TILE_WIDTH // 2)[None, :]
     turns = pair < WIDTH // 2
     # All loads come before a store: compilers move none across, and each waits for memory alone then.
-    q = tl.load(x_ptr + x, mask, other=0.0)
-    k = tl.load(x_ptr + slot_stride + x, mask, other=0.0)
+    q = _load(text_qkv_ptr, qkv_ptr, is_text, at, x, mask)
+    k = _load(text_qkv_ptr, qkv_ptr, is_text, at + slot_stride, x, mask)
     if v_ptr is not None:
-        v = tl.load(x_ptr + 2 * slot_stride + x, mask)
-    q_weight = tl.load(q_weight_ptr + weight, mask, other=0.0).to(tl.float32)
-    k_weight = tl.load(k_weight_ptr + weight, mask, other=0.0).to(tl.float32)
+        v = _load(text_qkv_ptr, qkv_ptr, is_text, at + 2 * slot_stride, x, mask)
+    q_weight = _load(text_q_weight_ptr, q_weight_ptr, is_text, 0, weight, mask).to(tl.float32)
+    k_weight = _load(text_k_weight_ptr, k_weight_ptr, is_text, 0, weight, mask).to(tl.float32)
     cos = tl.load(cos_ptr + token * (WIDTH // 2) + pair, turns, other=0.0)
     sin = tl.load(sin_ptr + token * (WIDTH // 2) + pair, turns, other=0.0)
     q = q.to(tl.float32)
@@ -215,18 +234,13 @@ def backward_kernel(
     is_text = block < text_blocks
     first = tl.where(is_text, block * TOKENS, num_text + (block - text_blocks) * TOKENS)
     end = tl.minimum(first + TOKENS, tl.where(is_text, num_text, num_tokens))
-    num_image = num_tokens - num_text
-    x_ptr = qkv_ptr + sample * sample_stride - num_text * token_stride
-    dx_ptr = dqkv_ptr + (sample * num_image - num_text) * (3 * HEADS * WIDTH)
-    if text_qkv_ptr is not None:
-        x_ptr = tl.where(is_text, text_qkv_ptr + sample * text_sample_stride, x_ptr)
-        dtext_ptr = dtext_qkv_ptr + sample * num_text * (3 * HEADS * WIDTH)
-        dx_ptr = tl.where(is_text, dtext_ptr, dx_ptr)
-        q_weight_ptr = tl.where(is_text, text_q_weight_ptr, q_weight_ptr)
-        k_weight_ptr = tl.where(is_text, text_k_weight_ptr, k_weight_ptr)
-        token_stride = tl.where(is_text, text_token_stride, token_stride)
-        slot_stride = tl.where(is_text, text_slot_stride, slot_stride)
-        head_stride = tl.where(is_text, text_head_stride, head_stride)
+    # Of the token that would be the buffer's first in the outputs' numbers.
+    image = sample * sample_stride - num_text * token_stride
+    sample_at = tl.where(is_text, sample * text_sample_stride, image)
+    dx_row = tl.where(is_text, sample * num_text, sample * (num_tokens - num_text) - num_text)
+    token_stride = tl.where(is_text, text_token_stride, token_stride)
+    slot_stride = tl.where(is_text, text_slot_stride, slot_stride)
+    head_stride = tl.where(is_text, text_head_stride, head_stride)
 
     tile: tl.constexpr = (TILE_HEADS, TILE_WIDTH)
     head = tl.program_id(0) % tiles * TILE_HEADS + tl.arange(0, TILE_HEADS)[:, None]
@@ -237,8 +251,8 @@ def backward_kernel(
     weight = head * 0 + column
     pair = head * 0 + tl.arange(0, TILE_WIDTH // 2)[None, :]
     turns = pair < WIDTH // 2
-    q_weight = tl.load(q_weight_ptr + weight, mask, other=0.0).to(tl.float32)
-    k_weight = tl.load(k_weight_ptr + weight, mask, other=0.0).to(tl.float32)
+    q_weight = _load(text_q_weight_ptr, q_weight_ptr, is_text, 0, weight, mask).to(tl.float32)
+    k_weight = _load(text_k_weight_ptr, k_weight_ptr, is_text, 0, weight, mask).to(tl.float32)
     dq_ptr += sample * dq_sample_stride
     dk_ptr += sample * dk_sample_stride
     if sums_ptr is not None:
@@ -247,24 +261,23 @@ def backward_kernel(
     for token in range(first, end):
         cos = tl.load(cos_ptr + token * (WIDTH // 2) + pair, turns, other=0.0)
         sin = tl.load(sin_ptr + token * (WIDTH // 2) + pair, turns, other=0.0)
-        at = x_ptr + token * token_stride
+        at = sample_at + token * token_stride
         dq = dq_ptr + token * dq_token_stride + head * dq_head_stride + column
         dk = dk_ptr + token * dk_token_stride + head * dk_head_stride + column
         dq = tl.load(dq, mask, other=0.0)
-        q = tl.load(at + x, mask, other=0.0)
+        q = _load(text_qkv_ptr, qkv_ptr, is_text, at, x, mask)
         dk = tl.load(dk, mask, other=0.0)
-        k = tl.load(at + slot_stride + x, mask, other=0.0)
+        k = _load(text_qkv_ptr, qkv_ptr, is_text, at + slot_stride, x, mask)
+        dv = tl.zeros(tile, tl.float32)
         if dv_ptr is not None:
             dv = dv_ptr + sample * dv_sample_stride + token * dv_token_stride
             dv = tl.load(dv + head * dv_head_stride + column, mask)
-        else:
-            dv = tl.zeros(tile, tl.float32)
         dq, dq_products = _gradient(dq, q, q_weight, cos, sin, eps, WIDTH, tile)
         dk, dk_products = _gradient(dk, k, k_weight, cos, sin, eps, WIDTH, tile)
-        to = dx_ptr + token * (3 * HEADS * WIDTH) + dx
-        tl.store(to, dq, mask)
-        tl.store(to + HEADS * WIDTH, dk, mask)
-        tl.store(to + 2 * HEADS * WIDTH, dv, mask)
+        to = (dx_row + token) * (3 * HEADS * WIDTH)
+        _store(dtext_qkv_ptr, dqkv_ptr, is_text, to, dx, dq, mask)
+        _store(dtext_qkv_ptr, dqkv_ptr, is_text, to + HEADS * WIDTH, dx, dk, mask)
+        _store(dtext_qkv_ptr, dqkv_ptr, is_text, to + 2 * HEADS * WIDTH, dx, dv, mask)
         if sums_ptr is not None:
             dq_weight += dq_products
             dk_weight += dk_products
@@ -334,11 +347,10 @@ def _launches(num_heads: int, head_width: int, targets: tuple[str, ...]) -> Iter
         pointers = dict.fromkeys(bf16, "*bf16") | dict.fromkeys(fp32, "*fp32")
         arrays = {x: kind for x, kind in pointers.items() if x not in absent}
         arrays |= dict.fromkeys(strides, "i32")
-        scalars = {"eps": "fp32", "num_text": "i32", "num_tokens": "i32"}
         return Launch(
             name=f"qk_norm_rope_{name} H={num_heads} E={head_width} bf16",
             kernel=kernel,
-            signature=arrays | scalars,
+            signature=arrays | {"eps": "fp32", "num_text": "i32", "num_tokens": "i32"},
             constants=config.constants() | constants | dict.fromkeys(absent),
             aligned=tuple(arrays),
             **config.options(),  # type: ignore[arg-type]
@@ -346,14 +358,14 @@ def _launches(num_heads: int, head_width: int, targets: tuple[str, ...]) -> Iter
         )
 
     for text in (False, True):
-        buffers, absent = (" text", ()) if text else ("", TEXT)
+        buffers = " text" if text else ""
         yield launch(
             f"forward{buffers}",
             lambda: forward_kernel,
             ("q_ptr", "k_ptr", "v_ptr", *BF16),
             FP32,
             STRIDES,
-            absent if text else ("v_ptr", *absent),
+            () if text else ("v_ptr", *TEXT),
             {},
         )
         for weights in (False, True):
@@ -363,11 +375,7 @@ def _launches(num_heads: int, head_width: int, targets: tuple[str, ...]) -> Iter
                 ("dqkv_ptr", "dtext_qkv_ptr", "dq_ptr", "dk_ptr", "dv_ptr", *BF16),
                 ("sums_ptr", *FP32),
                 (*DY_STRIDES, *STRIDES),
-                (
-                    *absent,
-                    *(() if text else ("dtext_qkv_ptr",)),
-                    *(() if weights else ("sums_ptr",)),
-                ),
+                (() if text else ("dtext_qkv_ptr", *TEXT)) + (() if weights else ("sums_ptr",)),
                 {"TOKENS": config.tokens if weights else 1},
             )
 
