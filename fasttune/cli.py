@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from fasttune import __version__
+from fasttune import __version__, environment
 from fasttune.errors import CheckpointError, ConfigError, FasttuneError
 
 Command = Callable[[argparse.Namespace], int]
@@ -28,6 +28,7 @@ OVERRIDES_HELP = "keys over the config's, such as train.steps=100 or data.0.path
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns the exit status."""
     args = _parse(argv)
+    environment.prepare()  # before a command imports torch
     _set_up_logging(verbose=args.verbose)
     command: Command = args.command
     try:

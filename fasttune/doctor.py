@@ -19,7 +19,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
-from fasttune import __version__
+from fasttune import __version__, environment
 from fasttune.probes import probe
 
 log = logging.getLogger(__name__)
@@ -213,6 +213,19 @@ def _system() -> Iterator[Line]:
     yield line("processor", f"{os.cpu_count()} cores")
     yield line("memory", _memory())
     yield line("disk", f"{shutil.disk_usage('.').free / 2**30:.1f} GiB free in {Path.cwd()}")
+    yield line("compile cache", ", ".join(_compile_caches()))
+
+
+def _compile_caches() -> Iterator[str]:
+    """What the folders of compiled graphs and kernels take; they may be deleted between runs."""
+    for variable, name in environment.CACHES.items():
+        folder = environment.value_of(variable)
+        if folder is None:
+            yield f"{name}: where its library keeps it ({environment.cache_folder()} is read-only)"
+        else:
+            files = [path for path in Path(folder).rglob("*") if path.is_file()]
+            mib = sum(path.stat().st_size for path in files) / 2**20
+            yield f"{name}: {mib:.1f} MiB in {folder}"
 
 
 def _memory() -> str:
@@ -306,6 +319,8 @@ def _features(
         if backends
         else "; ".join(f"{name}: {error}" for name, error in device["attention"].items()),
     )
+    if torch["build"].startswith("ROCm"):
+        yield _aotriton()
     fused = device["fused_adamw"]
     yield Line(
         name="adamw",
@@ -314,6 +329,17 @@ def _features(
     )
     yield _adamw8bit(libraries)
     yield _compiler(torch, libraries)
+
+
+def _aotriton() -> Line:
+    """Whether attention on RDNA is more than plain math."""
+    name, value = environment.AOTRITON, environment.value_of(environment.AOTRITON)
+    if value == "1":
+        return Line(name="attention on RDNA", status="ok", text=f"by AOTriton ({name}=1)")
+    text = (
+        f"plain math in PyTorch, as {name} is {value or 'not set'}; 1 gives it AOTriton's kernels"
+    )
+    return Line(name="attention on RDNA", status="off", text=text)
 
 
 def _adamw8bit(libraries: dict[str, Line]) -> Line:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from fasttune import doctor, probes
+from fasttune import doctor, environment, probes
 from fasttune.doctor import LIBRARIES, Findings, Line, examine, to_json, to_text
 
 GPU = {
@@ -109,6 +109,30 @@ def test_cards(monkeypatch: pytest.MonkeyPatch) -> None:
     assert lines["cuda:1"].status == "off"
     assert lines["cuda:1"].text.endswith("this torch (CUDA 13.0) has no kernels for sm_60")
     assert lines["torch.compile"].text.startswith("by Triton")
+
+
+def test_attention_on_rdna(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = GPU | {"name": "AMD Radeon RX 7900 XTX", "arch": "gfx1100"}
+    torch = {"build": "ROCm 7.1", "gpus": [gpu]}
+    monkeypatch.setenv(environment.AOTRITON, "1")
+    _, lines = found(monkeypatch, torch=torch)
+    assert lines["attention on RDNA"].status == "ok"
+    monkeypatch.setenv(environment.AOTRITON, "0")
+    _, lines = found(monkeypatch, torch=torch)
+    assert lines["attention on RDNA"].status == "off"
+    assert f"{environment.AOTRITON} is 0" in lines["attention on RDNA"].text
+    assert "attention on RDNA" not in found(monkeypatch)[1]  # a CPU build does not read it
+
+
+def test_compile_caches(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "fx").mkdir()
+    (tmp_path / "fx" / "graph").write_bytes(bytes(3 * 2**19))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "missing"))
+    text = found(monkeypatch)[1]["compile cache"].text
+    assert text == f"inductor: 1.5 MiB in {tmp_path}, triton: 0.0 MiB in {tmp_path / 'missing'}"
+    monkeypatch.delenv("TRITON_CACHE_DIR")
+    assert "triton: where its library keeps it" in found(monkeypatch)[1]["compile cache"].text
 
 
 def test_missing_and_broken_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
