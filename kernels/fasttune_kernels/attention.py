@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fasttune_kernels.attention_dispatch import Backend, backend_of
+from fasttune_kernels.dispatch import custom_op
 from fasttune_kernels.flash_attention import flash_attention_backward, flash_attention_forward
 from fasttune_kernels.short_attention import short_attention_backward, short_attention_forward
 
@@ -250,7 +251,7 @@ BACKWARD: dict[Backend, Callable[..., Gradients]] = {
 }
 
 
-@torch.library.custom_op("fasttune::attention_forward", mutates_args=())
+@custom_op("fasttune::attention_forward")
 def attention_forward(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None
 ) -> tuple[Tensor, Tensor]:
@@ -260,7 +261,7 @@ def attention_forward(
     return out.contiguous(), lse.contiguous()
 
 
-@torch.library.custom_op("fasttune::attention_backward", mutates_args=())
+@custom_op("fasttune::attention_backward")
 def attention_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, mask: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:

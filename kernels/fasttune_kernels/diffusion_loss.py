@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from fasttune_kernels import diffusion_loss_kernels as kernels
-from fasttune_kernels.dispatch import arch, runs_triton
+from fasttune_kernels.dispatch import arch, custom_op, runs_triton
 from fasttune_kernels.launch import NVIDIA, Launch
 
 Kind = Literal["mse", "l1", "huber"]
@@ -118,7 +118,7 @@ def _as_kernels_see(x: Tensor, *, channels_last: bool) -> Tensor:
     return x.flatten(2) if x.dim() > 2 else x[:, None]
 
 
-@torch.library.custom_op("fasttune::diffusion_loss_forward", mutates_args=())
+@custom_op("fasttune::diffusion_loss_forward")
 def diffusion_loss_forward(
     prediction: Tensor,
     clean: Tensor | None,
@@ -180,7 +180,7 @@ def diffusion_loss_forward(
     return loss, gradient
 
 
-@torch.library.custom_op("fasttune::diffusion_loss_backward", mutates_args=())
+@custom_op("fasttune::diffusion_loss_backward")
 def diffusion_loss_backward(
     dloss: Tensor, gradient: Tensor, weight: Tensor | None, dtype: torch.dtype
 ) -> Tensor:

@@ -5,13 +5,14 @@ computes the same with PyTorch and the same saved tensors. Inside a compiled gra
 the question is never part of a graph.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from functools import cache
-from typing import Literal
+from functools import cache, wraps
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.library import CustomOpDef
 
 from fasttune_kernels import cpu_library
 from fasttune_kernels.jit import HAS_TRITON
@@ -32,6 +33,41 @@ def forced(backend: Backend) -> Iterator[None]:
         yield
     finally:
         _forced = before
+
+
+def custom_op(
+    name: str, *, mutates_args: Iterable[str] = ()
+) -> Callable[[Callable[..., Any]], CustomOpDef]:
+    """`torch.library.custom_op` for a body that launches kernels: it runs with the GPU of its tensors
+    current, as those of PyTorch's own operators do. Launches go to the current GPU, wherever their
+    pointers lead."""
+
+    def register(body: Callable[..., Any]) -> CustomOpDef:
+        @wraps(body)
+        def on_its_gpu(*args: Any, **kwargs: Any) -> Any:
+            if not _has_several_gpus() or (other := _gpu_to_make_current(args)) is None:
+                return body(*args, **kwargs)
+            with torch.cuda.device(other):
+                return body(*args, **kwargs)
+
+        return torch.library.custom_op(name, on_its_gpu, mutates_args=tuple(mutates_args))
+
+    return register
+
+
+@cache
+def _has_several_gpus() -> bool:
+    return torch.cuda.device_count() > 1
+
+
+def _gpu_to_make_current(args: tuple[Any, ...]) -> int | None:
+    """Index of the GPU of the first tensor, if it is on one that is not current."""
+    for given in args:
+        first = given[0] if isinstance(given, list | tuple) and given else given
+        if isinstance(first, Tensor):
+            index: int | None = first.device.index if first.is_cuda else None
+            return None if index is None or index == torch.cuda.current_device() else index
+    return None
 
 
 def runs_triton(x: Tensor) -> bool:

@@ -28,7 +28,7 @@ from fasttune_kernels.arena import (
     write,
 )
 from fasttune_kernels.arena_tables import ChunkConfig, tables_of
-from fasttune_kernels.dispatch import runs_triton
+from fasttune_kernels.dispatch import custom_op, runs_triton
 from fasttune_kernels.jit import jit, tl
 from fasttune_kernels.launch import TARGETS, Launch
 
@@ -105,7 +105,7 @@ def _launch_ema(weights: Sequence[Tensor], ema: Tensor, rest: Tensor, seed: Tens
 # -- custom op -------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("fasttune::ema_step_", mutates_args=("ema",))
+@custom_op("fasttune::ema_step_", mutates_args=("ema",))
 def _ema_step_op(weights: Sequence[Tensor], ema: Tensor, rest: Tensor, seed: Tensor) -> None:
     if runs_triton(ema):
         _launch_ema(weights, ema, rest, seed)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fasttune_kernels.dispatch import runs_triton
+from fasttune_kernels.dispatch import custom_op, runs_triton
 from fasttune_kernels.gated_residual_kernels import launch_gate, launch_gate_backward
 from fasttune_kernels.norm_modulate import (
     backward_of_norm,
@@ -55,7 +55,7 @@ def gated_residual_norm_modulate_ref(
     return out, norm_modulate_ref(out, scale, shift, weight, bias, eps=eps, rms=rms)
 
 
-@torch.library.custom_op("fasttune::gated_residual_forward", mutates_args=())
+@custom_op("fasttune::gated_residual_forward")
 def gated_residual_forward(x: Tensor, y: Tensor, gate: Tensor | None) -> Tensor:
     """x + gate y (B, N, D) of x, y (B, N, D) of one dtype and gate (B, D) of any float dtype."""
     if _has_kernel(x):
@@ -71,7 +71,7 @@ def _(x: Tensor, y: Tensor, gate: Tensor | None) -> Tensor:
     return x.new_empty(x.shape)
 
 
-@torch.library.custom_op("fasttune::gated_residual_norm_forward", mutates_args=())
+@custom_op("fasttune::gated_residual_norm_forward")
 def gated_residual_norm_forward(
     x: Tensor,
     y: Tensor,
@@ -109,7 +109,7 @@ def _(
     return x.new_empty(x.shape), x.new_empty(x.shape), mean, rstd
 
 
-@torch.library.custom_op("fasttune::gated_residual_backward", mutates_args=())
+@custom_op("fasttune::gated_residual_backward")
 def gated_residual_backward(
     dout: Tensor, y: Tensor | None, gate: Tensor | None, wants_gate: bool
 ) -> tuple[Tensor, Tensor]:

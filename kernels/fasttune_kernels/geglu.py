@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from fasttune_kernels.dispatch import arch, runs_triton
+from fasttune_kernels.dispatch import arch, custom_op, runs_triton
 from fasttune_kernels.jit import jit, tl
 from fasttune_kernels.launch import TARGETS, Launch
 
@@ -138,7 +138,7 @@ def as_tokens(x: Tensor) -> Tensor:
     return x[(None,) * (3 - x.dim())]
 
 
-@torch.library.custom_op("fasttune::geglu_forward", mutates_args=())
+@custom_op("fasttune::geglu_forward")
 def geglu_forward(projected: Tensor) -> Tensor:
     """(..., 2I) -> (..., I): the first half times gelu of the second; contiguous."""
     y, gate = projected.chunk(2, dim=-1)
@@ -153,7 +153,7 @@ def geglu_forward(projected: Tensor) -> Tensor:
     return out
 
 
-@torch.library.custom_op("fasttune::geglu_backward", mutates_args=())
+@custom_op("fasttune::geglu_backward")
 def geglu_backward(dout: Tensor, projected: Tensor) -> Tensor:
     """dout (..., I), projected (..., 2I) -> dprojected (..., 2I), contiguous."""
     dprojected = torch.empty_like(projected, memory_format=torch.contiguous_format)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from fasttune_kernels.dispatch import arch, runs_triton
+from fasttune_kernels.dispatch import arch, custom_op, runs_triton
 from fasttune_kernels.geglu import as_tokens
 from fasttune_kernels.jit import jit, tl
 from fasttune_kernels.launch import TARGETS, Launch
@@ -113,7 +113,7 @@ def _backward_kernel(
     tl.store(dx_ptr + row.to(tl.int64) * width + column, dout * (sigmoid + slope), mask)
 
 
-@torch.library.custom_op("fasttune::gelu_tanh_forward", mutates_args=())
+@custom_op("fasttune::gelu_tanh_forward")
 def gelu_tanh_forward(x: Tensor) -> Tensor:
     """(..., I) -> (..., I), contiguous."""
     if not _launches(x):
@@ -127,7 +127,7 @@ def gelu_tanh_forward(x: Tensor) -> Tensor:
     return out
 
 
-@torch.library.custom_op("fasttune::gelu_tanh_backward", mutates_args=())
+@custom_op("fasttune::gelu_tanh_backward")
 def gelu_tanh_backward(dout: Tensor, x: Tensor) -> Tensor:
     """dout, x (..., I) -> dx (..., I), contiguous."""
     if not _launches(x):

@@ -8,7 +8,7 @@ from torch import Tensor
 from fasttune_kernels import cpu_library
 from fasttune_kernels.arena import is_dense, read
 from fasttune_kernels.arena_tables import ChunkConfig, tables_of
-from fasttune_kernels.dispatch import runs_cpp, runs_triton
+from fasttune_kernels.dispatch import custom_op, runs_cpp, runs_triton
 from fasttune_kernels.jit import jit, tl
 from fasttune_kernels.launch import TARGETS, Launch
 
@@ -79,7 +79,7 @@ def _launch_norm(grads: Sequence[Tensor]) -> Tensor:
 # -- custom op -------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("fasttune::gradient_norm", mutates_args=())
+@custom_op("fasttune::gradient_norm")
 def _gradient_norm_op(grads: Sequence[Tensor]) -> Tensor:
     if runs_triton(grads[0]):
         return _launch_norm(grads)

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from fasttune_kernels.dispatch import runs_triton
+from fasttune_kernels.dispatch import custom_op, runs_triton
 from fasttune_kernels.group_norm_silu_launch import launch_backward, launch_forward
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -103,7 +103,7 @@ def _sizes(x: Tensor, groups: int) -> tuple[int, int, int, int]:
     return x.shape[0], x.shape[1], x.shape[2] * x.shape[3], groups
 
 
-@torch.library.custom_op("fasttune::group_norm_silu_forward", mutates_args=())
+@custom_op("fasttune::group_norm_silu_forward")
 def group_norm_silu_forward(
     x: Tensor,
     skip: Tensor | None,
@@ -154,7 +154,7 @@ def _allocate_forward(x: Tensor, skip: Tensor | None, groups: int) -> tuple[Tens
     return y, statistic, torch.empty_like(statistic)
 
 
-@torch.library.custom_op("fasttune::group_norm_silu_backward", mutates_args=())
+@custom_op("fasttune::group_norm_silu_backward")
 def group_norm_silu_backward(
     dy: Tensor,
     x: Tensor,

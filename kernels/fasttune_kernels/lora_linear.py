@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fasttune_kernels.dispatch import custom_op
 from fasttune_kernels.lora_linear_products import (
     adapters_of,
     as_matrix,
@@ -72,7 +73,7 @@ def lora_linear_ref(
     return y + updates
 
 
-@torch.library.custom_op("fasttune::lora_linear_forward", mutates_args=())
+@custom_op("fasttune::lora_linear_forward")
 def lora_linear_forward(
     x: Tensor,
     x2: Tensor | None,
@@ -104,7 +105,7 @@ def lora_linear_forward(
     return y, x.new_empty(0) if low is None else low.view(*shape, low.shape[1])
 
 
-@torch.library.custom_op("fasttune::lora_linear_backward", mutates_args=())
+@custom_op("fasttune::lora_linear_backward")
 def lora_linear_backward(
     dy: Tensor,
     x: Tensor,

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fasttune_kernels.dispatch import runs_triton
+from fasttune_kernels.dispatch import custom_op, runs_triton
 from fasttune_kernels.norm_modulate_kernels import MAX_WIDTH
 from fasttune_kernels.norm_modulate_launch import launch_backward, launch_forward
 
@@ -165,7 +165,7 @@ def _backward_torch(
     return dx, s1, s0
 
 
-@torch.library.custom_op("fasttune::norm_modulate_forward", mutates_args=())
+@custom_op("fasttune::norm_modulate_forward")
 def norm_modulate_forward(
     x: Tensor,
     scale: Tensor | None,
@@ -202,7 +202,7 @@ def _(
     return x.new_empty(x.shape), rstd.new_empty(0) if rms else torch.empty_like(rstd), rstd
 
 
-@torch.library.custom_op("fasttune::norm_modulate_backward", mutates_args=())
+@custom_op("fasttune::norm_modulate_backward")
 def norm_modulate_backward(
     dy: Tensor,
     x: Tensor,

@@ -66,7 +66,7 @@ def optimizer_step_ref(
 # -- custom ops ------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op(
+@dispatch.custom_op(
     "fasttune::optimizer_step_",
     mutates_args=("weights", "m", "v", "m_absmax", "v_absmax", "ema", "compensation"),
 )

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from fasttune_kernels.dispatch import arch, runs_triton
+from fasttune_kernels.dispatch import arch, custom_op, runs_triton
 from fasttune_kernels.qk_norm_rope_kernels import (
     SUM_OPTIONS,
     SUM_TILE,
@@ -69,7 +69,7 @@ def qk_norm_rope_ref(
     return turned(q), turned(k), v.to(q.dtype)
 
 
-@torch.library.custom_op("fasttune::qk_norm_rope_forward", mutates_args=())
+@custom_op("fasttune::qk_norm_rope_forward")
 def qk_norm_rope_forward(
     qkv: Tensor,
     q_weight: Tensor,
@@ -98,7 +98,7 @@ def qk_norm_rope_forward(
     return outputs
 
 
-@torch.library.custom_op("fasttune::qk_norm_rope_backward", mutates_args=())
+@custom_op("fasttune::qk_norm_rope_backward")
 def qk_norm_rope_backward(
     dq: Tensor,
     dk: Tensor,

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fasttune_kernels.dispatch import runs_triton
+from fasttune_kernels.dispatch import custom_op, runs_triton
 from fasttune_kernels.jit import jit, next_power_of_2, tl, triton
 from fasttune_kernels.launch import TARGETS, Launch
 
@@ -111,7 +111,7 @@ def _dequantize(
     tl.store(x_ptr + at, x.to(x_ptr.dtype.element_ty), mask)
 
 
-@torch.library.custom_op("fasttune::quantize_rows", mutates_args=())
+@custom_op("fasttune::quantize_rows")
 def _quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     codes = torch.empty(x.shape, dtype=torch.int8, device=x.device)
     scales = x.new_empty(x.shape[:2], dtype=torch.float32)
@@ -143,7 +143,7 @@ def _(x: Tensor) -> tuple[Tensor, Tensor]:
     return codes, x.new_empty(x.shape[:2], dtype=torch.float32)
 
 
-@torch.library.custom_op("fasttune::dequantize_rows", mutates_args=())
+@custom_op("fasttune::dequantize_rows")
 def _dequantize_rows(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     x = torch.empty(codes.shape, dtype=dtype, device=codes.device)
     if not x.numel():
