@@ -19,11 +19,12 @@ from fasttune.device import Placement, place, short
 from fasttune.errors import ConfigError
 from fasttune.flow_matching import FlowMatching
 from fasttune.memory.activations import policy_of
+from fasttune.memory.offload import Offload
 from fasttune.models import MODELS
 from fasttune.models.compiled import Compiler, compiler_for
 from fasttune.models.formulas import FORMULAS
 from fasttune.models.fused import fuse, kept_names
-from fasttune.models.layers import set_recompute
+from fasttune.models.layers import set_channels_last, set_recompute
 from fasttune.models.spec import ModelSpec
 from fasttune.models.weights import (
     build_on_meta,
@@ -167,9 +168,12 @@ def denoiser_for(config: Config, spec: ModelSpec, folder: Path, placement: Place
     return denoiser
 
 
-def set_blocks(config: Config, denoiser: nn.Module, placement: Placement) -> Compiler | None:
+def set_blocks(
+    config: Config, denoiser: nn.Module, placement: Placement, *, device_type: str | None = None
+) -> Compiler | None:
     """Gives the blocks of a network with its weights and adapter their formulas, with what the config
-    says they keep and compile. Returns the compiler, if there is one.
+    says they keep and compile. Returns the compiler, if there is one. `device_type` is what the
+    placement's stands for, where it stands for another.
 
     ConfigError for a table of activations that names what no block of the network keeps."""
     policy = policy_of(config.memory.activations)
@@ -184,7 +188,8 @@ def set_blocks(config: Config, denoiser: nn.Module, placement: Placement) -> Com
         )
     compiler, reason = compiler_for(config.train.compile, placement.device.type)
     log.info("%s", reason)
-    kinds = fuse(denoiser, FORMULAS, policy=policy, compile=compiler)
+    offload = Offload(stands_for=device_type)
+    kinds = fuse(denoiser, FORMULAS, policy=policy, compile=compiler, offload=offload)
     plain = kinds.get("plain", [])
     if plain and policy.default in ("int8", "offload"):
         log.warning(
@@ -197,6 +202,10 @@ def set_blocks(config: Config, denoiser: nn.Module, placement: Placement) -> Com
         block.recompute = policy.default != "save"
     if not kinds:  # a network of diffusers
         set_recompute(denoiser, policy.default == "recompute")
+    elif (device_type or placement.device.type) == "cuda":
+        # Not on the CPU, whose group norm loses digits there, nor on MPS, whose optimizers want
+        # contiguous weights.
+        set_channels_last(denoiser)
     return compiler
 
 

@@ -90,7 +90,7 @@ def rehearse(
     with _drawn(config.run.seed):
         denoiser = network_without_weights(spec, folder, placement)
         adapt(config, spec, denoiser)
-        set_blocks(config, denoiser, placement)
+        set_blocks(config, denoiser, placement, device_type=device_type)
         denoiser.train()
         return Rehearsal(
             config=config,

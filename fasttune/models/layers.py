@@ -103,6 +103,17 @@ def run_block(block: nn.Module, *args: Tensor | None) -> Any:
     return block(*args)
 
 
+def set_channels_last(denoiser: nn.Module) -> None:
+    """Lays the weights of convolutions out with channels innermost; their outputs then are so, too.
+
+    Tensor cores want it, and a feature map is a sequence of tokens without a copy. The parameters stay."""
+    for module in denoiser.modules():
+        if isinstance(module, nn.Conv2d):
+            for p in module.parameters():
+                if p.ndim == 4:
+                    p.data = p.data.contiguous(memory_format=torch.channels_last)
+
+
 def set_recompute(denoiser: nn.Module, enabled: bool) -> None:
     """Turns recomputation of every block on or off, for modules of diffusers as well."""
     blocks = [module for module in denoiser.modules() if isinstance(module, Block)]

@@ -24,7 +24,7 @@ from fasttune.models.layers import (
     sinusoid,
 )
 from fasttune.models.unet_config import UNetConfig, read_unet_config
-from fasttune_kernels import attention
+from fasttune_kernels import attention, group_norm_silu
 
 
 class ResnetBlock(Block):
@@ -130,7 +130,8 @@ class SpatialTransformer(nn.Module):
     def forward(self, x: Tensor, text: Tensor) -> Tensor:
         """x (B, C, H, W), text (B, T, D) -> (B, C, H, W)."""
         size = x.shape[2:]
-        y = self.norm(x)
+        n = self.norm
+        y = group_norm_silu(x, n.weight, n.bias, groups=n.num_groups, eps=n.eps, silu=False)
         if self.is_linear:
             y = self.proj_in(y.flatten(2).transpose(1, 2))  # (B, L, C)
         else:
@@ -313,7 +314,8 @@ class UNet(nn.Module):
             assert isinstance(block, UpLevel)
             joined = [skips.pop() for _ in range(len(block.resnets))]
             x = block(x, emb, text, joined, skips[-1].shape[2:] if skips else None)
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
+        n = self.conv_norm_out
+        return self.conv_out(group_norm_silu(x, n.weight, n.bias, groups=n.num_groups, eps=n.eps))
 
 
 def build_unet(config: Mapping[str, Any]) -> UNet:
