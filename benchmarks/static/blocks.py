@@ -2,21 +2,30 @@
 
 All sizes are in u, the bytes of one activation of the block in bf16: tokens x width, of images and text
 together in Flux; the input's for a ResNet block. A block is traced at its real size on fake tensors,
-in the dtypes of a GPU with bf16 and with RMSNorm as one operation, as there; batch 1:
+in the dtypes of a GPU with bf16 and with RMSNorm as one operation, as there; batch 1, feature maps in
+channels_last. Of the fused block, by what its policy does with the tensors it keeps:
 
-  saved_u            held after the forward beyond the block's parameters, inputs and outputs. An
-                     input that autograd keeps is no further memory, and an output is the next
+  saved_u            all as they are: held after the forward beyond the block's parameters, inputs and
+                     outputs. An input that is kept is no further memory, and an output is the next
                      block's input: in a chain of blocks each counts 1 u on top.
   backward_peak_u    the most held in the backward beyond parameters and inputs: what was saved,
                      gradients of outputs, inputs and trained weights, temporaries. The outputs
                      are gone by then, unless saved, and so is their gradient once it is used.
-  plain_u, plain_backward_peak_u
-                     the same block in eager PyTorch
-  min_cut_u          what torch.compile would save of that one: AOTAutograd's min-cut partition of the
-                     joint graph, after Inductor's decompositions
-  recompute_u, recompute_backward_peak_u
-                     with the block's whole forward run again in the backward
+                     What a kernel allocates for itself is not seen.
+  int8_u             all rounded to int8
+  mixed_u            by the table in "mixed": for a transformer of a U-Net, what comes to 55 % of
+                     min_cut_u by recomputing one product and rounding two tensors
+  recompute_u        none kept, all computed again
+  ..._backward_peak_u of each
   tensors            what makes up saved_u: count, shape, dtype, u of each, operation
+
+and of the same block as plain modules, without a formula:
+
+  plain_u, plain_backward_peak_u
+                     in eager PyTorch
+  min_cut_u          what torch.compile would save of it: AOTAutograd's min-cut partition of the
+                     joint graph, after Inductor's decompositions
+  percent_of_min_cut and so on: saved_u, int8_u and mixed_u in terms of it
 
 In "full" all weights train, in bf16, and gradients of the conditioning are wanted; in "lora" the
 adapters of a preset (rank 16, float32) and the block's input; "frozen" is a block without adapters in
@@ -25,7 +34,7 @@ such a run.
 
 import gc
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -40,10 +49,13 @@ from torch.func import functional_call
 from benchmarks.harness import Row
 from benchmarks.static.gpu_operations import as_on_gpu
 from fasttune.adapters.lora import adaptable_modules, apply_lora
+from fasttune.memory.activations import Policy
 from fasttune.memory.trace import Held, MemoryTrace, exact_size
-from fasttune.models import MODELS
+from fasttune.models import MODELS, layers
 from fasttune.models.flux import DoubleBlock, SingleBlock
-from fasttune.models.layers import run_block, set_recompute
+from fasttune.models.formulas import FORMULAS
+from fasttune.models.fused import Formula, fuse
+from fasttune.models.layers import run_block
 from fasttune.models.unet import ResnetBlock, TransformerBlock
 from fasttune.models.unet_config import read_unet_config
 from fasttune.models.weights import set_tensor
@@ -53,7 +65,11 @@ RANK = 16
 SMALL = 0.0005
 """u below which tensors are summed up in one line."""
 
-Build = Callable[[], nn.Module]
+POLICIES = {"": Policy(), "int8": Policy("int8"), "recompute": Policy("recompute")}
+"""Prefix of the columns -> what becomes of kept tensors."""
+MIXED = Policy(choices={"mlp": "int8", "qkv": "int8", "query": "recompute"})
+
+Formulas = Mapping[type[layers.Block], Formula]
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,17 +84,17 @@ class Input:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Kind:
-    """A block as a model has it. The builders are called under torch.device("meta")."""
+    """A block as a model has it. `build` is called under torch.device("meta")."""
 
     name: str
     family: str
     place: str
     """Where the model has it, which is what the patterns of adapter presets are written for."""
-    ours: Build
-    plain: Build
-    """What `ours` is compared with: the block of eager PyTorch."""
+    build: Callable[[], nn.Module]
     inputs: tuple[Input, ...]
     has_adapters: bool = True
+    mixed: Policy | None = None
+    """A further policy to look at."""
 
     @property
     def unit(self) -> int:
@@ -94,8 +110,7 @@ def _flux() -> Iterator[Kind]:
         name="flux double",
         family="flux",
         place="transformer_blocks",
-        ours=lambda: DoubleBlock(width, heads),
-        plain=lambda: DoubleBlock(width, heads),
+        build=lambda: DoubleBlock(width, heads),
         inputs=(
             Input((1, image, width), "always"),
             Input((1, text, width), "always"),
@@ -107,8 +122,7 @@ def _flux() -> Iterator[Kind]:
         name="flux single",
         family="flux",
         place="single_transformer_blocks",
-        ours=lambda: SingleBlock(width, heads),
-        plain=lambda: SingleBlock(width, heads),
+        build=lambda: SingleBlock(width, heads),
         inputs=(Input((1, text + image, width), "always"), vector, *tables),
     )
 
@@ -121,9 +135,9 @@ def _transformer(name: str, family: str, width: int, tokens: int, text: int, hea
         name=f"{name} transformer {width}",
         family=family,
         place="transformer_blocks",
-        ours=build,
-        plain=build,
+        build=build,
         inputs=(Input((1, tokens, width), "always"), Input((1, 77, text))),
+        mixed=MIXED,
     )
 
 
@@ -135,8 +149,7 @@ def _resnet(channels: int, out_channels: int, side: int) -> Kind:
         name=f"sdxl resnet {channels} to {out_channels}",
         family="sdxl",
         place="resnets",
-        ours=build,
-        plain=build,
+        build=build,
         inputs=(Input((1, channels, side, side), "always"), Input((1, 1280), "full")),
         has_adapters=False,
     )
@@ -161,33 +174,40 @@ def rows() -> Iterator[Row]:
         yield row(kind, "full", None)
 
 
-def row(kind: Kind, variant: str, patterns: tuple[str, ...] | None) -> Row:
+def row(
+    kind: Kind, variant: str, patterns: tuple[str, ...] | None, formulas: Formulas = FORMULAS
+) -> Row:
     """One block and what trains: adapters at the places that match `patterns`, or all if None."""
+    policies = POLICIES if kind.mixed is None else POLICIES | {"mixed": kind.mixed}
     with FakeTensorMode():
-        block = Block(kind, kind.ours, patterns)
-        ours, recomputed = block.traced(recompute=False), block.traced(recompute=True)
-        block = Block(kind, kind.plain, patterns)
+        block = Block(kind, patterns)
         min_cut = block.min_cut()
-        plain = block.traced(recompute=False)
-    return {
-        "case": f"{kind.name}, {variant}",
-        "saved_u": ours.saved,
-        "backward_peak_u": ours.peak,
+        plain = block.traced()
+        fused = {name: block.fused(policy, formulas).traced() for name, policy in policies.items()}
+    found: Row = {"case": f"{kind.name}, {variant}"}
+    for name, traced in fused.items():
+        found[f"{name or 'saved'}_u"] = traced.saved
+        found[f"{name}_backward_peak_u".removeprefix("_")] = traced.peak
+        if name != "recompute":
+            percent = f"{name}_percent_of_min_cut".removeprefix("_")
+            found[percent] = round(100 * traced.saved / min_cut)
+    found |= {
         "plain_u": plain.saved,
         "plain_backward_peak_u": plain.peak,
         "min_cut_u": min_cut,
-        "recompute_u": recomputed.saved,
-        "recompute_backward_peak_u": recomputed.peak,
-        "tensors": ours.tensors,
+        "tensors": fused[""].tensors,
     }
+    if kind.mixed is not None:
+        found["mixed"] = ", ".join(f"{name} {how}" for name, how in kind.mixed.choices.items())
+    return found
 
 
 class Block:
-    """A block of fake weights with its inputs. Make it under a FakeTensorMode."""
+    """A block of fake weights with its inputs, plain at first. Make it under a FakeTensorMode."""
 
-    def __init__(self, kind: Kind, build: Build, patterns: tuple[str, ...] | None) -> None:
+    def __init__(self, kind: Kind, patterns: tuple[str, ...] | None) -> None:
         with torch.device("meta"):
-            root = nn.ModuleDict({kind.place: nn.ModuleList([build()])})
+            root = nn.ModuleDict({kind.place: nn.ModuleList([kind.build()])})
         for name, p in list(root.named_parameters()):
             set_tensor(root, name, torch.empty(p.shape, dtype=torch.bfloat16))
         names = adaptable_modules(root)
@@ -198,8 +218,8 @@ class Block:
             root.requires_grad_(patterns is None)
         self.module: nn.Module = root.get_submodule(f"{kind.place}.0")
         self.unit = kind.unit
-        self.inputs = [
-            torch.empty(x.shape, dtype=x.dtype).requires_grad_(
+        self.inputs: list[Tensor | None] = [
+            _empty(x).requires_grad_(
                 x.trains == "always" or (x.trains == "full" and patterns is None)
             )
             for x in kind.inputs
@@ -207,9 +227,14 @@ class Block:
         if kind.family == "flux":
             self.inputs.append(None)  # no text mask
 
-    def traced(self, *, recompute: bool) -> "Traced":
+    def fused(self, policy: Policy, formulas: Formulas = FORMULAS) -> "Block":
+        """The block itself, by its formula from here on."""
+        kinds = fuse(self.module, formulas, policy=policy)
+        assert len(kinds) == 1 and "plain" not in kinds
+        return self
+
+    def traced(self) -> "Traced":
         """One forward and backward."""
-        set_recompute(self.module, recompute)
         gc.collect()
         trace = MemoryTrace(self.module, rounding=exact_size)
         trace.label("weights", self.module.parameters())
@@ -264,6 +289,12 @@ class Block:
         return _in_units(_bytes_kept(graphs[0].graph, count), self.unit)
 
 
+def _empty(x: Input) -> Tensor:
+    if len(x.shape) == 4:
+        return torch.empty(x.shape, dtype=x.dtype, memory_format=torch.channels_last)
+    return torch.empty(x.shape, dtype=x.dtype)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Traced:
     """In u, as the columns of the row."""
@@ -283,7 +314,7 @@ class _End(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, _: Tensor) -> tuple[Tensor, ...]:
-        return tuple(torch.empty(shape, dtype=dtype) for shape, dtype in ctx.like)
+        return tuple(_empty(Input(shape, dtype=dtype)) for shape, dtype in ctx.like)
 
 
 def _bytes_kept(forward: torch.fx.Graph, num_outputs: int) -> int:

@@ -1,17 +1,21 @@
 """Gate blocks: its numbers against saved-tensor hooks on real tensors, and what it says of planted waste."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from benchmarks.static.blocks import KINDS, Block, Input, Kind, row
+from benchmarks.static.blocks import KINDS, MIXED, Block, Input, Kind, row
 from benchmarks.static.gpu_operations import as_on_gpu, rms_norm
+from fasttune.memory.activations import Kept, Policy
 from fasttune.models.flux import DoubleBlock, SingleBlock
-from fasttune.models.layers import LayerNorm, RMSNorm
+from fasttune.models.flux_formulas import SINGLE
+from fasttune.models.fused import Context, Tensors
+from fasttune.models.layers import RMSNorm
 from fasttune.models.unet import TransformerBlock
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
@@ -20,8 +24,8 @@ WIDTH, TEXT, IMAGE = 64, 32, 96
 TABLE = Input((TEXT + IMAGE, 1, 8), dtype=torch.float32)
 
 
-def small(name: str, ours: Callable[[], nn.Module] | None = None) -> Kind:
-    """A small block of one of the kinds, or `ours` against it."""
+def small(name: str) -> Kind:
+    """A small block of one of the kinds."""
     inputs = {
         "transformer": (Input((1, IMAGE, WIDTH), "always"), Input((1, TEXT, WIDTH))),
         "single": (
@@ -42,9 +46,9 @@ def small(name: str, ours: Callable[[], nn.Module] | None = None) -> Kind:
         name=name,
         family="sdxl" if name == "transformer" else "flux",
         place="blocks",
-        ours=ours or SMALL[name],
-        plain=SMALL[name],
+        build=SMALL[name],
         inputs=inputs,
+        mixed=MIXED if name == "transformer" else None,
     )
 
 
@@ -82,14 +86,23 @@ def test_saved_bytes_are_those_that_autograd_packs(
 ) -> None:
     kind = small(name)
     found = row(kind, "case", patterns)
-    expected = saved_by_autograd(Block(kind, kind.ours, patterns))
-    assert found["saved_u"] == found["plain_u"] == round(expected / kind.unit, 3)
-    assert found["recompute_u"] == 0
+
+    def packed(policy: Policy | None) -> float:
+        block = Block(kind, patterns)
+        if policy is not None:
+            block.fused(policy)
+        return saved_by_autograd(block) / kind.unit
+
+    policies = {"saved": Policy(), "int8": Policy("int8"), "recompute": Policy("recompute")}
+    policies |= {"mixed": MIXED} if name == "transformer" else {}
+    for column, policy in policies.items():
+        assert found[f"{column}_u"] == round(packed(policy), 3), column
+    assert found["plain_u"] == round(packed(None), 3)
+    assert found["recompute_u"] < found["int8_u"] < found["saved_u"] < found["plain_u"]
     assert found["backward_peak_u"] > found["saved_u"] > 8
-    assert 0 < found["min_cut_u"] <= found["saved_u"] + 0.5
-    assert sum(u_of(line) for line in found["tensors"]) == pytest.approx(
-        expected / kind.unit, abs=0.05
-    )
+    assert 0 < found["min_cut_u"] <= found["plain_u"] + 0.5
+    assert found["percent_of_min_cut"] == round(100 * found["saved_u"] / found["min_cut_u"])
+    assert sum(u_of(line) for line in found["tensors"]) == pytest.approx(found["saved_u"], abs=0.05)
 
 
 def u_of(line: str) -> float:
@@ -99,42 +112,50 @@ def u_of(line: str) -> float:
     return count * float(size.removesuffix(" u"))
 
 
-class Wasteful(SingleBlock):
-    """Has one tensor more to save, the mask's."""
-
-    def forward(self, x: Tensor, *rest: Tensor) -> Tensor:  # type: ignore[override]
-        return super().forward(x + torch.zeros_like(x) * x.sigmoid(), *rest)
+Outputs = tuple[tuple[Tensor, ...], dict[str, Tensor]]
 
 
-class Float32Norm(LayerNorm):
-    """Silently takes its input to float32, and keeps that."""
+def keeping(c: Context, t: Tensors) -> Outputs:
+    """Keeps one tensor more, a mask's."""
+    outputs, kept = SINGLE.forward(c, t)
+    return outputs, kept | {"mask": t["x"].sigmoid()}
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x.float(), self.normalized_shape, eps=self.eps).to(x.dtype)
+
+def widening(c: Context, t: Tensors) -> Outputs:
+    """Silently keeps the MLP's input in float32."""
+    outputs, kept = SINGLE.forward(c, t)
+    return outputs, kept | {"mlp": kept["mlp"].float()}
 
 
-def with_float32_norm() -> nn.Module:
-    block = SingleBlock(WIDTH, 4)
-    block.norm.norm = Float32Norm(WIDTH, eps=1e-6, elementwise_affine=False)
-    return block
+def copying(c: Context, t: Tensors, kept: Kept, gradients: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Holds a copy of the gradient while the backward runs."""
+    copy = gradients[0].clone()
+    found = SINGLE.backward(c, t, kept, gradients)
+    del copy
+    return found
 
 
 @pytest.mark.parametrize(
-    ("build", "more", "line"),
+    ("planted", "saved", "peak", "line"),
     [
-        # sigmoid and zeros, and the sum, which the norm and the residual take in place of the input
-        (lambda: Wasteful(WIDTH, 4), 3.0, "1 of 1x128x64 bfloat16, 1.0 u, sigmoid"),
-        (with_float32_norm, 2.0, "float32, 2.0 u, _to_copy"),
+        ({"forward": keeping}, 1.0, 1.0, "1 of 1x128x64 bfloat16, 1.0 u, sigmoid"),
+        ({"forward": widening}, 4.0, 4.0, "1 of 1x128x256 float32, 8.0 u, _to_copy"),
+        ({"backward": copying}, 0.0, 1.0, ""),
     ],
-    ids=["saved tensor", "float32 copy"],
+    ids=["kept tensor", "float32", "copy"],
 )
-def test_waste_in_a_block_changes_its_row(
-    build: Callable[[], nn.Module], more: float, line: str
+def test_waste_in_a_formula_changes_its_row(
+    planted: dict[str, Any], saved: float, peak: float, line: str
 ) -> None:
-    found = row(small("single", build), "case", ("*.to_q",))
-    assert found["saved_u"] - found["plain_u"] == pytest.approx(more, abs=0.04)
-    assert found["backward_peak_u"] >= found["plain_backward_peak_u"] + 1
-    assert any(line in held for held in found["tensors"])
+    kind, patterns = small("single"), ("*.to_q",)
+    clean = row(kind, "case", patterns)
+    wasteful = row(kind, "case", patterns, {SingleBlock: replace(SINGLE, **planted)})
+    assert wasteful["saved_u"] - clean["saved_u"] == pytest.approx(saved, abs=0.01)
+    assert wasteful["backward_peak_u"] - clean["backward_peak_u"] >= peak - 0.01
+    assert wasteful["plain_u"] == clean["plain_u"]
+    assert not line or any(line in held for held in wasteful["tensors"])
+    if saved:
+        assert wasteful["percent_of_min_cut"] > clean["percent_of_min_cut"]
 
 
 def test_cases_have_names_of_their_own() -> None:
