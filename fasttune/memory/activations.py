@@ -5,14 +5,15 @@ A fused block names what it keeps ("qkv", "mlp", "attention", ...). A `Policy` s
     save        as it is
     int8        one scale a row (a token, or a channel of a feature map), half the bytes; the backward
                 works with the rounded values
-    offload     in host memory, copied beside the computation (where the device is the host, nothing)
+    offload     in host memory, copied beside the computation (offload.py; where the device is the host, it
+                is there already)
     recompute   not at all: the backward computes it again from what there is
 
 and so the kept set is data that a user writes and a planner can solve for. Statistics and other small
 tensors have no name in the policy and are saved.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -23,6 +24,10 @@ from fasttune_kernels.quantize_rows import dequantize_rows, quantize_rows
 
 Choice = Literal["save", "int8", "offload", "recompute"]
 CHOICES: tuple[Choice, ...] = get_args(Choice)
+
+# What a choice does, so that one that does both is a word more.
+_ROUNDED: frozenset[Choice] = frozenset({"int8"})
+_MOVED: frozenset[Choice] = frozenset({"offload"})
 
 _CODES, _SCALES = ".codes", ".scales"
 
@@ -50,12 +55,23 @@ def pack(tensors: Mapping[str, Tensor], named: frozenset[str], policy: Policy) -
     """What is kept of `tensors` under the policy; of those not in `named`, all as it is."""
     kept: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        choice = policy[of] if (of := name.partition("/")[0]) in named else "save"
-        if choice == "int8":
+        choice = _choice(name, named, policy)
+        if choice in _ROUNDED:
             kept[name + _CODES], kept[name + _SCALES] = quantize_rows(tensor)
         elif choice != "recompute":
             kept[name] = tensor
     return kept
+
+
+def moved(kept: Iterable[str], named: frozenset[str], policy: Policy) -> frozenset[str]:
+    """Those of the keys of `pack` whose tensors are to wait in host memory."""
+    return frozenset(key for key in kept if _choice(key, named, policy) in _MOVED)
+
+
+def _choice(key: str, named: frozenset[str], policy: Policy) -> Choice:
+    """Of a tensor, or a part of it: "mlp", "mlp/text" and "mlp.codes" go by the name "mlp"."""
+    name = key.partition("/")[0].partition(".")[0]
+    return policy[name] if name in named else "save"
 
 
 class Kept:

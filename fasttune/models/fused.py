@@ -22,7 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fasttune.memory.activations import Kept, Policy, pack
+from fasttune.memory.activations import Kept, Policy, moved, pack
+from fasttune.memory.offload import Offload
 from fasttune.models.layers import Block
 from fasttune.models.projection import SEED, Projection, pack_, projection
 
@@ -148,8 +149,8 @@ class Kind:
 class FusedBlock:
     """The forward of one block, by its formula."""
 
-    def __init__(self, block: Block, kind: Kind) -> None:
-        self.block, self.kind = block, kind
+    def __init__(self, block: Block, kind: Kind, offload: Offload) -> None:
+        self.block, self.kind, self.offload = block, kind, offload
         self._tensors: dict[str, Tensor] = dict(block.named_parameters())
         for each in kind.projections.values():
             self._tensors |= pack_(block, each)
@@ -174,21 +175,35 @@ class FusedBlock:
         )
         names = tuple(tensors)
         if keeps:
-            outputs = _Apply.apply(self.kind, context, names, *tensors.values())
+            # What a recomputed block keeps is made right before its use.
+            offload = None if self.block.recompute else self.offload
+            outputs = _Apply.apply(self.kind, context, offload, names, *tensors.values())
         else:
             outputs, _ = self.kind.forward(context, names, list(tensors.values()), keeps=False)
         return outputs if len(outputs) > 1 else outputs[0]
 
 
 class _Apply(torch.autograd.Function):
-    """A fused block to autograd."""
+    """A fused block to autograd. Tensors leave and come back here, outside of compiled graphs."""
 
     @staticmethod
     def forward(
-        ctx: Any, kind: Kind, context: Context, names: tuple[str, ...], *tensors: Tensor
+        ctx: Any,
+        kind: Kind,
+        context: Context,
+        offload: Offload | None,
+        names: tuple[str, ...],
+        *tensors: Tensor,
     ) -> tuple[Tensor, ...]:
         outputs, kept = kind.forward(context, names, tensors, keeps=True)
         ctx.kind, ctx.context, ctx.names, ctx.keys = kind, context, names, tuple(kept)
+        ctx.offload, ctx.away = offload, None
+        if offload is not None:
+            leaving = moved(kept, kind.formula.kept, kind.policy)
+            ctx.away = offload.send({key: x for key, x in kept.items() if key in leaving})
+            if ctx.away is not None:
+                kept = {key: x for key, x in kept.items() if key not in leaving}
+        ctx.here = tuple(kept)
         ctx.save_for_backward(*tensors, *kept.values())
         return outputs
 
@@ -196,10 +211,13 @@ class _Apply(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors  # once: checkpointing unpacks them anew each time
         tensors = saved[: len(ctx.names)]
-        kept = dict(zip(ctx.keys, saved[len(ctx.names) :], strict=True))
+        kept = dict(zip(ctx.here, saved[len(ctx.names) :], strict=True))
+        if ctx.away is not None:
+            kept |= ctx.offload.fetch(ctx.away)
+        kept = {key: kept[key] for key in ctx.keys}  # graphs take them in this order
         found = ctx.kind.backward(ctx.context, ctx.names, tensors, kept, gradients)
         wanted = (found.get(n) if n in ctx.context.wanted else None for n in ctx.names)
-        return None, None, None, *wanted
+        return None, None, None, None, *wanted
 
 
 def fuse(
@@ -208,13 +226,16 @@ def fuse(
     *,
     policy: Policy = Policy(),  # noqa: B008  # frozen
     compile: Compile | None = None,
+    offload: Offload | None = None,
 ) -> dict[str, list[Block]]:
     """Gives every block that a formula covers its formula, and returns the kinds of blocks by name.
 
     Call it when weights and adapters are in place: weights that are used together are moved together,
     and each parameter becomes a view. Blocks without a formula, or with adapters that theirs does not
     cover, keep the forward of their class and are returned under the name "plain", if there are any.
+    `offload` moves what the policy says, by default as the device of the tensors wants it.
     """
+    offload = Offload() if offload is None else offload
     kinds: dict[Any, Kind] = {}
     found: dict[str, list[Block]] = {}
     for name, block in denoiser.named_modules():
@@ -235,7 +256,7 @@ def fuse(
         if key not in kinds:
             label = f"{type(block).__name__} {name}"
             kinds[key] = Kind(label, formula, projections, numbers, policy, compile)
-        block.forward = FusedBlock(block, kinds[key])  # type: ignore[method-assign]
+        block.forward = FusedBlock(block, kinds[key], offload)  # type: ignore[method-assign]
         found.setdefault(kinds[key].name, []).append(block)
     return found
 
