@@ -25,7 +25,8 @@ def dynamic_map(signed: bool, device: torch.device) -> Tensor:
 
 
 @cache
-def _middles(signed: bool, device: torch.device) -> Tensor:
+def middles(signed: bool, device: torch.device) -> Tensor:
+    """(255,) float32: the borders between the values."""
     values = dynamic_map(signed, device)
     return (values[1:] + values[:-1]) / 2
 
@@ -36,7 +37,7 @@ def quantize_blockwise(x: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
     rows = x.view(-1, QUANTUM)
     absmax = rows.abs().amax(dim=1)
     scaled = rows / absmax.clamp(min=torch.finfo(torch.float32).tiny)[:, None]
-    codes = torch.bucketize(scaled, _middles(signed, x.device))
+    codes = torch.bucketize(scaled, middles(signed, x.device))
     return codes.to(torch.uint8).view(-1), absmax
 
 

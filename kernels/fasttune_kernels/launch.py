@@ -29,6 +29,7 @@ OP_FILES: tuple[str, ...] = (
     "group_norm_silu_launch",
     "lora_linear_launches",
     "norm_modulate_launch",
+    "optimizer_step_cuda",
     "optimizer_step_kernels",
     "qk_norm_rope_kernels",
     "quantize_rows",

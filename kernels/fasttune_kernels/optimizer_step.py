@@ -30,6 +30,7 @@ from fasttune_kernels.arena import (
     scatter,
 )
 from fasttune_kernels.blockwise import dequantize_blockwise, quantize_blockwise
+from fasttune_kernels.optimizer_step_cuda import is_default, launch_cuda, takes
 
 ROUNDINGS = ("nearest", "stochastic", "kahan")
 STATE_DTYPES = (torch.float32, torch.bfloat16, torch.uint8)
@@ -91,6 +92,9 @@ def _optimizer_step_op(
     step: Callable[..., None]
     if dispatch.runs_triton(m):
         step = optimizer_step_kernels.launch_step
+        average = None if ema is None else ema.dtype
+        if is_default(m.device) and takes(weights, grads, m.dtype, average, rounding):
+            step = launch_cuda
     elif dispatch.runs_cpp(m):
         step = cpu_library.optimizer_step_
     else:
