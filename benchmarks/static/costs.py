@@ -1,13 +1,15 @@
 """FLOPs, bytes and launches of whatever runs inside, op by op, on real or fake tensors.
 
-An op is one dispatched operation that is no view. It counts as one launch (a multi-tensor op may
-take a few), reads its inputs and writes its outputs once, and takes the FLOPs of torch's counter:
-2 a multiply-add in matrix products, convolutions and attention, none elsewhere. So the bytes are those
-of eager PyTorch without caches: a fused kernel has fewer.
+An op is one dispatched operation that is no view. It counts as one launch (a multi-tensor op, and one
+of fasttune's own, may take a few), reads its inputs and writes its outputs once, and takes the FLOPs of
+torch's counter: 2 a multiply-add in matrix products, convolutions and attention, none elsewhere. Those
+of fasttune's own are in FLOPS. So the bytes are those of eager execution without caches; what an op
+writes and reads again for itself is left out.
 """
 
+import math
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +21,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 
 from benchmarks.roofline import OpCost
 from benchmarks.static.kinds import kind_of
+from fasttune_kernels.attention import backward_flops, forward_flops
 
 aten = torch.ops.aten
 
@@ -32,10 +35,54 @@ def _attention_backward(grad: Any, query: Any, key: Any, value: Any, *_: Any, **
 
 
 # The counter of torch knows the attention kernels of GPUs alone.
-_OWN: dict[Any, Callable[..., int]] = {
+_CPU: dict[Any, Callable[..., int]] = {
     aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
 }
+
+
+Named = Mapping[str, Any]
+"""The arguments of a call by their names."""
+
+
+def _tokens(x: Tensor) -> int:
+    return math.prod(x.shape[:-1])
+
+
+def _low_rank(a: Named) -> tuple[int, int]:
+    """Multiply-adds a token in a product with all of lora_A, and in one with all of lora_B."""
+    lora_A, lora_B = a["lora_A"], a["lora_B"]
+    return (0, 0) if lora_A is None else (lora_A.numel(), lora_B.numel())
+
+
+def _lora_linear(a: Named) -> int:
+    return 2 * _tokens(a["x"]) * (a["weight"].numel() + sum(_low_rank(a)))
+
+
+def _lora_linear_backward(a: Named) -> int:
+    """dlow and dlora_B of dy, dlora_A of the input; dx of dy and of dlow; dweight."""
+    down, up = _low_rank(a)
+    per_token = 2 * up + down
+    per_token += a["wants_x"] * (a["weight"].numel() + down)
+    per_token += a["wants_weight"] * a["weight"].numel()
+    return 2 * _tokens(a["dy"]) * per_token
+
+
+FLOPS: dict[str, Callable[[Named], int]] = {
+    "fasttune::attention_forward": lambda a: forward_flops(a["q"].shape, a["k"].shape),
+    "fasttune::attention_backward": lambda a: backward_flops(a["q"].shape, a["k"].shape),
+    "fasttune::lora_linear_forward": _lora_linear,
+    "fasttune::lora_linear_backward": _lora_linear_backward,
+}
+"""Of fasttune's operations that have products in them."""
+
+
+def _unread(name: str, a: Named) -> tuple[str, ...]:
+    """Arguments that are there for their shapes alone."""
+    reads_input = a.get("lora_A") is not None or a.get("wants_weight")
+    if name == "fasttune::lora_linear_backward" and not reads_input:
+        return "x", "x2"
+    return ()
 
 
 @dataclass(slots=True)
@@ -79,7 +126,9 @@ class CountCosts(TorchDispatchMode):
         if kind == "view":
             return
         flops = flops_of(func, args, kwargs, result)
-        read = _bytes((args, kwargs))
+        given = named_arguments(func, args, kwargs)
+        unread = _unread(func.name(), given)
+        read = _bytes([value for name, value in given.items() if name not in unread])
         written = _bytes((result, _overwritten(func, args, kwargs)))  # of both, each once
         c = self.costs
         c.flops += flops
@@ -91,8 +140,10 @@ class CountCosts(TorchDispatchMode):
 def flops_of(func: Any, args: Any, kwargs: Any, result: Any) -> int:
     """FLOPs of one call; 0 for an op that is neither product, convolution nor attention."""
     packet = func._overloadpacket
-    if packet in _OWN:
-        return _OWN[packet](*args, **kwargs)
+    if func.name() in FLOPS:
+        return FLOPS[func.name()](named_arguments(func, args, kwargs))
+    if packet in _CPU:
+        return _CPU[packet](*args, **kwargs)
     if packet in flop_registry:
         return int(flop_registry[packet](*args, **kwargs, out_val=result))
     return 0
@@ -102,13 +153,17 @@ def _tensors(tree: Any) -> Iterable[Tensor]:
     return (leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
 
 
+def named_arguments(func: Any, args: Any, kwargs: Any) -> dict[str, Any]:
+    """Those that were given, by the names of the op's schema."""
+    names = [a.name for a in func._schema.arguments]
+    return dict(zip(names, args, strict=False)) | kwargs
+
+
 def _overwritten(func: Any, args: Any, kwargs: Any) -> list[Any]:
     """The arguments an op writes to, by its schema; in-place multi-tensor ops return nothing."""
-    named = zip(func._schema.arguments, args, strict=False)
-    given = [(a, value) for a, value in named] + [
-        (a, kwargs[a.name]) for a in func._schema.arguments if a.name in kwargs
-    ]
-    return [value for a, value in given if a.alias_info is not None and a.alias_info.is_write]
+    given = named_arguments(func, args, kwargs)
+    written = [a for a in func._schema.arguments if a.alias_info and a.alias_info.is_write]
+    return [given[a.name] for a in written if a.name in given]
 
 
 def _bytes(tree: Any) -> int:

@@ -1,8 +1,9 @@
 """What kind of launch an operation is.
 
-One operation of torch is counted as one launch. That is not exact (a GPU runs two kernels for a group
-norm, up to three for the backward of a convolution, and splits long lists of `_foreach_` operations),
-but it moves whenever the number of kernels does, and needs no GPU.
+One operation is counted as one launch. That is not exact (a GPU runs two kernels for a group
+norm, up to three for the backward of a convolution, and splits long lists of `_foreach_` operations;
+what fasttune's own operations launch, own_launches.py finds), but it moves whenever the number of
+kernels does, and needs no GPU.
 """
 
 from typing import Literal
@@ -46,18 +47,25 @@ _LAUNCHED_FOR_NO_TENSOR = frozenset({"aten::equal", "aten::is_nonzero", "aten::_
 
 KERNELS = ("fasttune", "fasttune_kernels")
 """Namespaces of our kernels; what stands in for torch's own has another."""
+_PRODUCTS: dict[str, Kind] = {
+    "lora_linear_forward": "gemm",
+    "lora_linear_backward": "gemm",
+    "attention_forward": "attention",
+    "attention_backward": "attention",
+}
+"""Operations of ours that are a product above all, whoever's kernel computes it."""
 
 
 def kind_of(func: OpOverload) -> Kind:
     """The kind of an operation, as a dispatch mode or a graph of aten operations shows it.
 
     gemm: matrix products and convolutions, forward and backward. attention: fused attention. custom:
-    operations of fasttune's own. copy: data moved without arithmetic. view: no launch, which is views,
-    allocations and questions about metadata. pointwise: all others, reductions and norms included.
+    other operations of fasttune's own. copy: data moved without arithmetic. view: no launch, which is
+    views, allocations and questions about metadata. pointwise: all others, reductions and norms included.
     """
     name = func._schema.name.partition("::")[2]
     if func.namespace in KERNELS:
-        return "custom"
+        return _PRODUCTS.get(name, "custom")
     if name in _GEMM:
         return "gemm"
     if any(part in name for part in _ATTENTION):

@@ -1,22 +1,25 @@
 """FLOPs, bytes and launches counted op by op, against arithmetic done by hand."""
 
+import importlib
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch._library.custom_ops import OPDEFS
 
+from benchmarks.harness import ROOT
 from benchmarks.static import step
-from benchmarks.static.costs import Costs, CountCosts
+from benchmarks.static.costs import FLOPS, Costs, CountCosts
 from benchmarks.static.models import MODEL_FOLDERS, config_named
-from fasttune.models import unet
-from fasttune.models.layers import LayerNorm
+from fasttune.models.formulas import FORMULAS
+from fasttune.models.fused import unfuse
+from fasttune.models.unet import TransformerBlock
+from fasttune.models.unet_formulas import TRANSFORMER
 from fasttune_kernels import attention
+from fasttune_kernels.lora_linear import lora_linear_backward, lora_linear_forward
 
 B, L, H, D = 2, 48, 3, 16
 
@@ -77,6 +80,9 @@ def test_flux_has_the_flops_of_the_arithmetic() -> None:
         generator = torch.Generator()
         with CountCosts() as count, torch.no_grad():
             rehearsal.forward.loss(rehearsal.batch, generator)
+        unfuse(rehearsal.denoiser)
+        with CountCosts() as plain, torch.no_grad():
+            rehearsal.forward.loss(rehearsal.batch, generator)
     tokens, width, blocks = 4096 + 512, 3072, 19 + 38
     attention_flops = blocks * 4 * tokens**2 * width
     by_kind = {
@@ -88,33 +94,101 @@ def test_flux_has_the_flops_of_the_arithmetic() -> None:
     # per token: 12 width^2 multiply-adds a block; the rest are modulation, LoRA, input and output
     assert by_kind["gemm"] == pytest.approx(2 * 12 * width**2 * tokens * blocks, rel=0.02)
     assert count.costs.flops == pytest.approx(74.4e12, rel=0.01)
+    assert count.costs.flops == plain.costs.flops
+    assert count.costs.bytes < plain.costs.bytes / 2
 
 
-def rows_with(patch: Any = None) -> dict[str, Any]:
-    """The step's rows of a small U-Net, with something planted."""
+def rows_with(
+    monkeypatch: pytest.MonkeyPatch | None = None, **planted: Callable[..., Any]
+) -> dict[str, Any]:
+    """The step's rows of a small U-Net, with something planted in the formula of its transformers."""
     config = config_named("quickstart")
     (folder,) = [f for name, _, f in step.shipped_configs() if name == "quickstart"]
-    with patch or nullcontext(), step.rehearsed(config, folder, micro_batches=1) as rehearsal:
+    if monkeypatch is not None:
+        monkeypatch.setitem(FORMULAS, TransformerBlock, replace(TRANSFORMER, **planted))
+    with step.rehearsed(config, folder, micro_batches=1) as rehearsal:
         costs = step.costs_of_a_step(rehearsal, 1)
         flops = step.flops_row("x", rehearsal, costs)
     return {**flops, **step.launches_row("x", costs)}
 
 
-def test_a_planted_copy_and_a_planted_upcast_change_the_rows() -> None:
+def test_a_planted_copy_and_a_planted_upcast_change_the_rows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     before = rows_with()
     assert rows_with() == before
 
-    def copying(self: Any, x: Tensor, text: Tensor) -> Tensor:
-        return plain(self, x.clone(), text)
+    def copying(c: Any, t: Any) -> Any:
+        return TRANSFORMER.forward(c, {**t, "x": t["x"].clone()})
 
-    plain = unet.TransformerBlock.forward
-    copied = rows_with(mock.patch.object(unet.TransformerBlock, "forward", copying))
+    def upcasting(c: Any, t: Any, kept: Any, gradients: Any) -> Any:
+        (gradient,) = gradients
+        return TRANSFORMER.backward(c, t, kept, [gradient.double().to(gradient.dtype)])
+
+    copied = rows_with(monkeypatch, forward=copying)
     assert copied["copy"] > before["copy"] and copied["moved_gib"] > before["moved_gib"]
     assert copied["tflop"] == before["tflop"]
-
-    def upcasting(self: Any, x: Tensor) -> Tensor:
-        return normed(self, x.float()).to(x.dtype)
-
-    normed = LayerNorm.forward
-    upcast = rows_with(mock.patch.object(LayerNorm, "forward", upcasting))
+    upcast = rows_with(monkeypatch, backward=upcasting)
     assert upcast["copy"] > before["copy"] and upcast["moved_gib"] > before["moved_gib"]
+
+
+def lora(dropout: float = 0.0) -> dict[str, Any]:
+    """Two adapted targets of three in one product."""
+    x, weight = torch.randn(2, 5, 8), torch.randn(12, 8)
+    return {
+        "x": x, "x2": None, "weight": weight, "bias": None, "lora_A": torch.randn(6, 8),
+        "lora_B": torch.randn(8, 3), "slices": [0, 4, 8, 12], "scale": 1.0, "dropout": dropout,
+        "seed": None,
+    }  # fmt: skip
+
+
+def test_lora_linear_has_the_flops_of_its_products() -> None:
+    given = lora()
+    tokens, base, down, up = 2 * 5, 12 * 8, 6 * 8, 8 * 3
+    forward = counted(lambda: lora_linear_forward(**given))
+    assert forward.flops == 2 * tokens * (base + down + up)
+    assert forward.launches == {"gemm": 1}
+    # each input once, y and low once
+    assert forward.bytes == 4 * (tokens * 8 + base + down + up + tokens * 12 + tokens * 6)
+    del given["bias"]
+    dy, low = torch.randn(2, 5, 12), torch.randn(2, 5, 6)
+
+    def backward(**changed: Any) -> Costs:
+        wanted = {"residual": None, "wants_x": True, "wants_weight": False, "wants_bias": False}
+        call = {"dy": dy, "low": low, **given, **wanted, **changed}
+        return counted(lambda: lora_linear_backward(**call))
+
+    # dlow and dlora_B from dy, dlora_A from the input; dx from dy and dlow
+    assert backward().flops == 2 * tokens * (2 * up + down + base + down)
+    assert backward(wants_x=False).flops == 2 * tokens * (2 * up + down)
+    assert backward(wants_weight=True).flops - backward().flops == 2 * tokens * base
+    frozen = {"lora_A": None, "lora_B": None, "low": torch.empty(0), "slices": []}
+    assert backward(**frozen).flops == 2 * tokens * base
+    # dy, weight and dx: of the input nothing is read
+    assert backward(**frozen).bytes == 4 * (tokens * 12 + base + tokens * 8)
+    assert backward(**frozen, wants_weight=True).bytes == 4 * (tokens * 28 + 2 * base)
+
+
+NO_PRODUCTS = frozenset(
+    f"fasttune::{name}"
+    for name in """
+    diffusion_loss_forward diffusion_loss_backward ema_step_ gradient_norm optimizer_step_
+    gated_residual_forward gated_residual_norm_forward gated_residual_backward
+    geglu_forward geglu_backward gelu_tanh_forward gelu_tanh_backward
+    group_norm_silu_forward group_norm_silu_backward norm_modulate_forward norm_modulate_backward
+    qk_norm_rope_forward qk_norm_rope_backward quantize_rows dequantize_rows
+    """.split()
+)
+
+
+def test_every_operation_of_ours_has_its_flops_or_none() -> None:
+    for path in (ROOT / "kernels" / "fasttune_kernels").glob("*.py"):
+        importlib.import_module(f"fasttune_kernels.{path.stem}")
+    # other tests define some under the same namespace
+    ours = {
+        name
+        for name, op in OPDEFS.items()
+        if name.startswith("fasttune::") and op._init_fn.__module__.startswith("fasttune_kernels.")
+    }
+    assert ours == NO_PRODUCTS | set(FLOPS)
+    assert not NO_PRODUCTS & set(FLOPS)
