@@ -124,7 +124,17 @@ bool fill(const float* values, Codebook& book) {
 
 #ifdef __x86_64__
 #define FMA(a, b, c) ((a) * (b) + (c))
-#define PRODUCT(a, b) Words(_mm_mul_epu32(__m128i(a), _mm_set1_epi64x(b)))
+#ifdef __clang__  // which finds the instruction; GCC multiplies whole lanes
+#define PRODUCT128(a, b) (((a) & 0xffffffffu) * (b))
+#define PRODUCT256 PRODUCT128
+#define PRODUCT512 PRODUCT128
+#else
+#define PRODUCT128(a, b) Words(_mm_mul_epu32(__m128i(a), _mm_set1_epi64x(b)))
+#define PRODUCT256(a, b) Words(_mm256_mul_epu32(__m256i(a), _mm256_set1_epi64x(b)))
+#define PRODUCT512(a, b) Words(_mm512_mul_epu32(__m512i(a), _mm512_set1_epi64(b)))
+#endif
+
+#define PRODUCT PRODUCT128
 #define WIDTH 16
 TILE_FUNCTIONS(baseline)
 #include "tile.h"
@@ -134,7 +144,7 @@ END_TILE_FUNCTIONS
 #undef PRODUCT
 #undef WIDTH
 #define FMA(a, b, c) __builtin_fmaf(a, b, c)
-#define PRODUCT(a, b) Words(_mm256_mul_epu32(__m256i(a), _mm256_set1_epi64x(b)))
+#define PRODUCT PRODUCT256
 #define WIDTH 32
 #ifdef __clang__
 #pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
@@ -153,7 +163,7 @@ END_TILE_FUNCTIONS
 
 #undef PRODUCT
 #undef WIDTH
-#define PRODUCT(a, b) Words(_mm512_mul_epu32(__m512i(a), _mm512_set1_epi64(b)))
+#define PRODUCT PRODUCT512
 #define WIDTH 64
 #ifdef __clang__
 #pragma clang attribute push(__attribute__((target("fma,avx512f,avx512bw,avx512dq,avx512vl"))), apply_to = function)
