@@ -1,10 +1,10 @@
 """What a run measures: metrics.jsonl, step times, throughput, memory.
 
-`Metrics.step` runs once a step and never waits for the device: losses stay where they are and time
-on a GPU is taken by events in its own queue. Both are read at logging steps, in one transfer.
+`Metrics.step` runs once a step and waits for the device after the first one alone: losses stay where
+they are and time on a GPU is taken by events in its own queue. Both are read at logging steps, in
+one transfer.
 """
 
-import json
 import math
 import statistics
 import time
@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fasttune.errors import StorageError
+from fasttune.metrics_file import MetricsFile, finite, read_metrics
+from fasttune.models.compiled import Compiler
 from fasttune.progress import Progress, setup_run_log
-from fasttune.rates import Rates, StepTimer, peak_memory_gib, reset_peak_memory
-from fasttune.run_folder import write_text
+from fasttune.rates import Rates, StepTimer, peak_memory_gib, reset_peak_memory, wait_for
 from fasttune.trackers import Tracker, open_trackers
 
 # The loop needs nothing beyond these.
@@ -29,89 +29,14 @@ LOSS_DECAY = 0.98
 """Decay of the smoothed loss a step: an average over about 50 steps."""
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl, without those that are no JSON object with a step.
-
-    A run that was killed can leave half a line at the end.
-    """
-    if not path.exists():
-        return []
-    records: list[dict[str, Any]] = []
-    with path.open(encoding="utf-8", errors="replace") as file:
-        for line in file:
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError:
-                continue
-            if isinstance(record, dict) and isinstance(record.get("step"), int):
-                records.append(record)
-    return records
-
-
-def _finite(value: Any) -> Any:
-    """`value` with every NaN and infinity, which JSON lacks, as None."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return value
-
-
-class MetricsFile:
-    """metrics.jsonl: one JSON object a line, flushed line by line.
-
-    Opening it for a run that continues after `resume_step` cuts what lies beyond, and any torn
-    line, so that no step occurs twice; 0 starts an empty file. StorageError if it cannot be
-    written.
-    """
-
-    def __init__(self, path: Path, resume_step: int = 0) -> None:
-        self.path = path
-        kept = [r for r in read_metrics(path) if r["step"] <= resume_step] if resume_step else []
-        self.kept: tuple[dict[str, Any], ...] = tuple(kept)
-        text = "".join(_json_line(record) for record in kept)
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_text(path, text)
-            self._file = path.open("a", encoding="utf-8")
-        except OSError as error:
-            raise _storage_error(path, error) from error
-
-    def write(self, record: Mapping[str, Any]) -> None:
-        """Append one line; NaN and infinities become null."""
-        try:
-            self._file.write(_json_line(record))
-            self._file.flush()
-        except OSError as error:
-            raise _storage_error(self.path, error) from error
-
-    def close(self) -> None:
-        try:
-            self._file.close()
-        except OSError as error:
-            raise _storage_error(self.path, error) from error
-
-
-def _json_line(record: Mapping[str, Any]) -> str:
-    return json.dumps(_finite(record), ensure_ascii=False, allow_nan=False) + "\n"
-
-
-def _storage_error(path: Path, error: OSError) -> StorageError:
-    return StorageError(
-        f"{path}: cannot be written ({error.strerror or error}); free space or check permissions, "
-        "then continue with --resume latest"
-    )
-
-
 class Metrics:
     """Everything the loop says about its progress, in one place.
 
     total_steps, start_step: of the whole run, and those an earlier start made. batch_images: images
     a step, over all micro-batches and devices. images_per_epoch: for the `epoch` of each line.
     norms_may_overflow: a loss scale skips updates whose gradient norm is not finite.
-    clock: seconds, for tests.
+    compiler: of the network's blocks, if they are compiled. begin: when this start began, on the clock;
+    None: the first step is not timed. clock: seconds, for tests.
 
     The loop calls `step` after each step and `log_now` at logging steps and after the last one,
     puts validation and checkpoints inside `paused`, and ends with `close`.
@@ -128,6 +53,8 @@ class Metrics:
         show_progress: bool = True,
         images_per_epoch: int | None = None,
         norms_may_overflow: bool = False,
+        compiler: Compiler | None = None,
+        begin: float | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._run_dir = run_dir
@@ -144,6 +71,8 @@ class Metrics:
         self.first_nonfinite_step: int | None = None
         """The first step whose loss or gradient was NaN or infinite; known after `log_now`."""
         self._norms_may_overflow = norms_may_overflow
+        self._compiler = compiler
+        self._first_step_s: float | None = None
 
         # A resumed curve goes on as if it had never stopped: the sum behind the smoothed loss
         # follows from its value and the number of steps it has seen.
@@ -166,6 +95,7 @@ class Metrics:
         self._pause_s: dict[str, float] = {}
         self._pause_s_after_first_step = 0.0
         self._started = clock()
+        self._begin = begin
         self.progress = Progress(
             total_steps=total_steps, start_step=start_step, enabled=show_progress
         )
@@ -178,7 +108,7 @@ class Metrics:
         grad_norm: Tensor,
         data_wait_s: float,
     ) -> None:
-        """Count a step that has been queued. Never waits for the device.
+        """Count a step that has been queued. Waits for the device after the first one alone.
 
         loss, grad_norm (before clipping): scalars, on any device, read at the next `log_now`; the
         loss is copied, so its memory may be used again. data_wait_s: seconds that the loop waited
@@ -188,6 +118,8 @@ class Metrics:
             self._device = loss.device
             self._timer = StepTimer(loss.device, self._clock)
             reset_peak_memory(loss.device)
+            if self._begin is not None:
+                self._first_step_done(loss.device, self._begin)
         self._timer.step_done()
         self._step = step
         self._steps.append(step)
@@ -311,7 +243,7 @@ class Metrics:
         pauses = dict(self._pause_s)
         this_start = elapsed - self._elapsed_before
         wait_share = self._wait_total / self._wait_steps_s if self._wait_steps_s else None
-        return _finite(
+        return finite(
             {
                 "steps": self._step,
                 "total_steps": self._total_steps,
@@ -329,6 +261,8 @@ class Metrics:
                 "data_wait_share": wait_share,
                 "elapsed_s": elapsed,
                 "seconds": {"training": this_start - sum(pauses.values()), **pauses},
+                "first_step_s": self._first_step_s,
+                "compiled": None if self._compiler is None else self._compiler.summary(),
             }
         )
 
@@ -338,6 +272,14 @@ class Metrics:
         for tracker in self._trackers:
             tracker.close()
         self._file.close()
+
+    def _first_step_done(self, device: torch.device, begin: float) -> None:
+        """Notes the time that a user waits before training runs: preparation, loading, an untrained
+        grid, compilation."""
+        wait_for(device)  # sync: once a start
+        self._first_step_s = self._clock() - begin
+        text = f"first step done after {self._first_step_s:.1f} s"
+        self.note(text if self._compiler is None else f"{text}; {self._compiler}")
 
     def _smooth(self, losses: Sequence[float], norms: Sequence[float]) -> None:
         for step, loss, norm in zip(self._steps, losses, norms, strict=True):

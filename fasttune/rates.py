@@ -110,6 +110,14 @@ class StepTimer:
         return end - start
 
 
+def wait_for(device: torch.device) -> None:
+    """Returns when all that was queued on the device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
 def peak_memory_gib(device: torch.device) -> float | None:
     """Peak device memory in GiB since `reset_peak_memory`; on a CPU, of the process's whole life.
 

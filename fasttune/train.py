@@ -92,7 +92,7 @@ def _train(
     seconds = {"preparation": time.perf_counter() - begin}
 
     denoiser = denoiser_for(config, spec, prepared.folder, placement)
-    set_blocks(config, denoiser, placement)
+    compiler = set_blocks(config, denoiser, placement)
     trained = Trained(config, denoiser, placement, resuming=resumed is not None)
     objective = objective_for(config, spec, prepared.folder)
     validator = Validator(config, spec, placement, prepared, objective, run_dir)
@@ -121,6 +121,8 @@ def _train(
         batch_images=t_.batch_size * t_.gradient_accumulation,
         images_per_epoch=plan.batches_per_epoch * t_.batch_size,
         norms_may_overflow=trained.scales_loss,
+        compiler=compiler,
+        begin=begin,
         trackers=open_trackers(
             run_dir,
             tensorboard=config.logging.tensorboard,

@@ -20,6 +20,7 @@ from PIL import Image
 
 from fasttune.errors import ConfigError, StorageError
 from fasttune.metrics import LOSS_DECAY, Metrics, MetricsFile, open_trackers, read_metrics
+from fasttune.models.compiled import Compiler
 from fasttune.progress import Progress, format_duration, format_values, setup_run_log
 from fasttune.rates import Rates, StepTimer, peak_memory_gib
 
@@ -191,6 +192,25 @@ def test_a_run_without_steps_has_a_summary(tmp_path: Path) -> None:
     metrics.close()
     assert summary["step_ms"] is None and summary["steps"] == 0
     assert read_metrics(tmp_path / "metrics.jsonl") == []
+
+
+def test_the_first_step_is_timed_from_the_start(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    clock, compiler = FakeClock(), Compiler()
+    metrics = metrics_for(tmp_path, clock, begin=70.0, compiler=compiler)
+    assert metrics.summary()["first_step_s"] is None
+    compiler.graphs, compiler.seconds, compiler.num_cached = ["a", "b"], 4.25, 1
+    with caplog.at_level("INFO", logger="fasttune"):
+        run_steps(metrics, clock, range(1, 4), seconds=5.0)
+    summary = metrics.summary()
+    metrics.close()
+    assert caplog.messages == [
+        "first step done after 35.0 s; 2 graphs in 4.2 s, 1 of them from the cache"
+    ]
+    assert summary["first_step_s"] == 35.0
+    compiled = {"graphs": 2, "seconds": 4.25, "from_cache": 1, "given_up": None}
+    assert summary["compiled"] == compiled
 
 
 @pytest.mark.parametrize(("may_overflow", "first"), [(False, 2), (True, None)])

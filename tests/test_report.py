@@ -117,6 +117,8 @@ def write_run(run_dir: Path) -> Path:
                 "placement": "CPU, fp32",
                 "torch": "2.13",
                 "seconds": {"training": 75.0, "preparation": 25.0, "other": 0.0},
+                "first_step_s": 95.0,
+                "compiled": {"graphs": 12, "seconds": 41.3, "from_cache": 5, "given_up": None},
             }
         )
     )
@@ -153,6 +155,7 @@ def test_the_page_holds_the_numbers_of_the_run(run_dir: Path) -> None:
         "11.4 GiB",
         "3.4%",
         "2m05s",
+        "1m35s 12 graphs compiled in 41s, 5 cached",
         "LoRA of rank 16",
         "preparation: 25s 25%",
         "training: 1m15s 75%",
