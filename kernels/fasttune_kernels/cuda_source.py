@@ -80,7 +80,7 @@ def compile_cubin(
             made = program.compile("cubin", name_expressions=(launch.entry,))
         finally:
             program.close()
-    except (RuntimeError, OSError) as error:
+    except Exception as error:  # NVRTCError, which has no public name, or OSError
         raise CudaSourceError(f"{launch.entry} of {launch.source}, {target}: {error}") from error
     symbol = made.symbol_mapping[launch.entry]
     return Cubin(made.code, symbol.decode() if isinstance(symbol, bytes) else symbol)
