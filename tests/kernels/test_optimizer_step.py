@@ -399,6 +399,69 @@ def test_8_bit_state_is_that_of_bitsandbytes(backend: Backend) -> None:
         ).norm()
 
 
+# -- on a GPU ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+def test_a_captured_step_keeps_its_addresses() -> None:
+    def weights_after(captured: bool) -> list[Tensor]:
+        weights = [w.cuda() for w in tensors(FP32, seed=0)]
+        layout = Arena.of(weights)
+        scalars = torch.tensor([1e-2, 1.0, 1.0, 0.1, 0.001, 0.1], device="cuda")
+        m, v = (layout.zeros(FP32, "cuda") for _ in range(2))
+        hyper, seed = (
+            torch.ones(1, 2, device="cuda"),
+            torch.ones(1, dtype=torch.int64, device="cuda"),
+        )
+
+        def step(grads: list[Tensor]) -> None:
+            settings = ([0] * len(weights), hyper, scalars, *BETAS, EPS, "nearest", seed)
+            optimizer_step_(weights, grads, m, v, None, None, None, None, *settings)
+
+        static = [g.cuda() for g in tensors(FP32, seed=1)]
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            step([g.clone() for g in static])
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        if captured:
+            with torch.cuda.graph(graph):
+                step(static)
+        for t in (2, 3):
+            step([g.cuda() for g in tensors(FP32, seed=10 + t)])  # addresses of its own
+            torch._foreach_copy_(static, [g.cuda() for g in tensors(FP32, seed=t)])
+            graph.replay() if captured else step(static)
+        return [w.cpu() for w in weights]
+
+    for ours, right in zip(weights_after(True), weights_after(False), strict=True):
+        assert torch.equal(ours, right)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", KINDS)
+def test_gpu_is_the_pytorch_path(kind: str) -> None:
+    on_cpu = run_of(kind)
+    on_gpu = run_of(kind)
+    on_gpu.weights = [w.cuda() for w in on_gpu.weights]
+    on_gpu.arenas = {name: None if x is None else x.cuda() for name, x in on_gpu.arenas.items()}
+    for t in (1, 2):
+        grads = tensors(KINDS[kind]["dtype"], seed=t)
+        with forced("torch"):
+            on_cpu.step(grads, t)
+        scalars = torch.tensor([1e-2, 1.0, 1.0, *(1 - beta**t for beta in BETAS), 0.1])
+        on_gpu.step(
+            [g.cuda() for g in grads],
+            t,
+            hyper=torch.tensor(on_gpu.hyper).cuda(),
+            scalars=scalars.cuda(),
+            seed=torch.tensor([t]).cuda(),
+        )
+    for x, y in zip(on_cpu.weights, on_gpu.weights, strict=True):
+        eps = torch.finfo(x.dtype).eps
+        far = (x.double() - y.cpu().double()).abs() > 2 * eps * x.double().abs() + 1e-6
+        assert far.sum() <= 0.005 * x.numel()
+
+
 # -- op and checks -----------------------------------------------------------------------------------
 
 
