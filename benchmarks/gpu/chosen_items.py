@@ -36,10 +36,10 @@ def asked(args: argparse.Namespace, facts: harness.Row, said: Said) -> dict[str,
 
 
 def own_kernels() -> set[str]:
-    """Operations that training steps have kernels of ours for."""
+    """Operations that training steps have kernels of ours for, and that can be checked anywhere."""
     from benchmarks.gpu.operations import OPERATIONS
 
-    return {operation.name for operation in OPERATIONS if operation.has_kernel}
+    return {o.name for o in OPERATIONS if o.has_kernel and not o.needs_triton}
 
 
 def steps_of(facts: harness.Row, said: Said) -> list[str]:
@@ -51,8 +51,15 @@ def steps_of(facts: harness.Row, said: Said) -> list[str]:
 
 
 def _small_steps() -> list[str]:
-    case = StepCase(model="flux")
-    return [case.name, replace(case, compiled=True).name, replace(case, cap_gib=12).name]
+    """One of each way."""
+    case = StepCase(model="flux", activations="save")
+    ways = (
+        replace(case, compiled=True),
+        replace(case, fused=False),
+        replace(case, activations="offload", cap_gib=12),
+        replace(case, compiled=True, buckets=True),
+    )
+    return [way.name for way in ways]
 
 
 def _checks() -> list[str]:

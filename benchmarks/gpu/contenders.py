@@ -113,10 +113,11 @@ CONTENDERS: Mapping[str, Contender] = {
 def items() -> list[tuple[str, StepCase]]:
     """(contender, case), most important first."""
     flux, sdxl = StepCase(model="flux"), StepCase(model="sdxl")
+    saving = [replace(case, activations="save") for case in (flux, sdxl)]
     unquantized = [name for name, c in CONTENDERS.items() if c.before is None and c.after is None]
     quantized = [name for name in CONTENDERS if name not in unquantized]
     return [
-        *((name, case) for case in (flux, sdxl) for name in unquantized),
+        *((name, case) for case in (*saving, flux, sdxl) for name in unquantized),
         *((name, flux) for name in quantized),
         *((name, replace(flux, size=512)) for name in CONTENDERS),
         *((name, sdxl) for name in quantized),

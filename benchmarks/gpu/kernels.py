@@ -3,12 +3,13 @@
 `python -m benchmarks.gpu.kernels [operation ...]` prints a row for each case and contender: microseconds,
 bytes and FLOPs a second, and the fraction of the least time that the ceilings of the same run allow
 for the bytes that must be moved (every input read once, every output written once, and in the
-backward the inputs and the incoming gradients again) and the products that must be computed.
+backward what the operation says of its own) and the products that must be computed. Rows of a forward
+with its backward also have the bytes that are kept between the two.
 """
 
 import argparse
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -18,7 +19,9 @@ from torch import Tensor
 from benchmarks import harness
 from benchmarks.gpu import optimizer_step
 from benchmarks.gpu.card import device_for, is_out_of_memory, state
+from benchmarks.gpu.kept import kept_bytes
 from benchmarks.gpu.libraries import Bind, Inputs, outputs_of, why_not
+from benchmarks.gpu.names import BOTH, COMPILED, EAGER, FORWARD, OURS
 from benchmarks.gpu.operation import Draw, Operation, Sizes, bound
 from benchmarks.gpu.operations import OPERATIONS
 from benchmarks.gpu.timing import (
@@ -49,6 +52,10 @@ class Timed:
     flops: int
     interleaved: bool = True
     """False where the contenders are cases of their own, because not all states fit at once."""
+    kept: Mapping[str, int | None] = field(default_factory=dict)
+    """Contender -> bytes kept for the backward, where there is one."""
+    facts: harness.Row = field(default_factory=dict)
+    """Further fields of its rows."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,10 +78,10 @@ class Setting:
 
 def items(*, smoke: bool) -> list[str]:
     """What can be asked for, most important first: all operations at batch 1, then at batch 4."""
-    names = [operation.name for operation in OPERATIONS]
+    names = [operation.name for operation in OPERATIONS if operation.sizes]
     first = [f"{name} b1" for name in names]
     rest = [f"{name} b{batch}" for batch in BATCHES[1:] for name in (names[:1] if smoke else names)]
-    return [CEILINGS, *first, optimizer_step.NAME, *rest]
+    return [CEILINGS, optimizer_step.NAME, *first, *rest]
 
 
 def operation_of(item: str) -> str:
@@ -102,43 +109,58 @@ def _cases(operation: Operation, sizes: Sizes, setting: Setting) -> Iterator[Tim
         return {n: t.detach().requires_grad_(n in operation.trained) for n, t in made.items()}
 
     first = inputs()
-    size = sum(t.nbytes for t in first.values())
-    copies = copies_needed(size, setting.device)
+    copies = copies_needed(sum(t.nbytes for t in first.values()), setting.device)
     sets = [first, *(inputs() for _ in range(copies - 1))]
     outputs = outputs_of((operation.eager or operation.plain)(**first))
-    incoming = [draw(*t.shape).to(t.dtype) for t in outputs]
+    incoming = [draw(*t.shape).to(t.dtype) for t in outputs] if operation.trained else []
     expected = [*outputs, *_gradients(outputs, first, operation.trained)]
-    written = sum(t.nbytes for t in outputs)
-    given = sum(first[n].nbytes for n in operation.trained)
+    moved = operation.moved(first, outputs, operation.trained)
     flops = operation.flops(sizes)
     bindings = _bindings(operation, first, expected, setting)
     del outputs, expected
     name = f"{operation.name} {'x'.join(map(str, sizes))} {setting.dtype_name}"
+    facts = {"operation": operation.name, "batch": sizes[0]}
     functions = {k: [bind(**s) for s in sets] for k, bind in bindings.items()}
-    incoming_of = {k: laid_out_as(of[0](), incoming) for k, of in functions.items()}
 
     def forward(of: list[Callable[[], Any]], i: int) -> Any:
         return of[i]()
+
+    yield Timed(
+        case=f"{name} {FORWARD}",
+        calls={k: partial(forward, of) for k, of in functions.items()},
+        copies=copies,
+        moved=moved[0],
+        flops=flops,
+        facts={**facts, "direction": FORWARD},
+    )
+    if not operation.trained:
+        return
+    incoming_of = {k: laid_out_as(of[0](), incoming) for k, of in functions.items()}
 
     def both(of: list[Callable[[], Any]], given: list[Tensor], i: int) -> Any:
         leaves = [sets[i][n] for n in operation.trained]
         return torch.autograd.grad(outputs_of(of[i]()), leaves, given)
 
     yield Timed(
-        case=f"{name} forward",
-        calls={k: partial(forward, of) for k, of in functions.items()},
-        copies=copies,
-        moved=size + written,
-        flops=flops,
-    )
-    yield Timed(
-        case=f"{name} forward+backward",
+        case=f"{name} {BOTH}",
         calls={k: partial(both, of, incoming_of[k]) for k, of in functions.items()},
         copies=copies,
-        # the backward reads the incoming gradients and the inputs and writes their gradients
-        moved=2 * (size + written) + given,
+        moved=sum(moved),
         flops=int(flops * (1 + operation.backward_flops)),
+        kept=_kept(functions, first, setting),
+        facts={**facts, "direction": BOTH},
     )
+
+
+def _kept(
+    functions: Mapping[str, list[Callable[[], Any]]], inputs: Inputs, setting: Setting
+) -> dict[str, int | None]:
+    """Only CUDA's allocator tells of a compiled graph."""
+    silent = () if setting.device.type == "cuda" else (COMPILED,)
+    return {
+        name: None if name in silent else kept_bytes(of[0], inputs.values(), setting.device)
+        for name, of in functions.items()
+    }
 
 
 def laid_out_as(outputs: Any, values: Sequence[Tensor]) -> list[Tensor]:
@@ -153,6 +175,8 @@ def laid_out_as(outputs: Any, values: Sequence[Tensor]) -> list[Tensor]:
 
 def _gradients(outputs: list[Tensor], inputs: Inputs, trained: Sequence[str]) -> list[Tensor]:
     """Of the sum of the outputs."""
+    if not trained:
+        return []
     ones = [torch.ones_like(t) for t in outputs]
     return list(torch.autograd.grad(outputs, [inputs[n] for n in trained], ones))
 
@@ -162,10 +186,10 @@ def _bindings(
 ) -> dict[str, Bind]:
     """The contenders that work here, by name."""
     eager = operation.eager or operation.plain
-    found: dict[str, Bind] = {"eager": bound(eager)}
-    others: dict[str, Bind] = {"compile": bound(compiled(eager, smoke=setting.smoke))}
+    found: dict[str, Bind] = {EAGER: bound(eager)}
+    others: dict[str, Bind] = {COMPILED: bound(compiled(eager, smoke=setting.smoke))}
     if operation.has_kernel:
-        others["ours"] = operation.ours
+        others |= {OURS: operation.ours, **operation.variants}
     if setting.with_libraries:
         others |= operation.libraries
     for name, bind in others.items():
@@ -186,43 +210,58 @@ def compiled(function: Callable[..., Any], *, smoke: bool) -> Callable[..., Any]
 
 
 def _optimizer_cases(setting: Setting) -> Iterator[Timed]:
-    names = []
-    for name in optimizer_step.CONTENDERS:
-        if name not in ("eager", "ours") and not setting.with_libraries:
+    sets = optimizer_step.parameter_sets(small=setting.smoke)
+    for label, shapes in sets.items():
+        for storage in optimizer_step.CONTENDERS:
+            yield from _updates_of(label, shapes(), storage, setting)
+
+
+def _updates_of(
+    label: str, sizes: optimizer_step.Shapes, storage: str, setting: Setting
+) -> Iterator[Timed]:
+    names = _optimizers(storage, setting)
+    count = sum(torch.Size(s).numel() for s in sizes)
+    together = count < optimizer_step.ALONE
+    for group in [names] if together else [[name] for name in names]:
+        calls = _updates(storage, group, sizes, setting.device)
+        if calls is None:
+            what = label if together else f"{label}: {group[0]}"
+            print(f"absent: {optimizer_step.NAME} {what}: does not fit into memory", flush=True)
             continue
-        reason = optimizer_step.why_not(name, setting.device)
+        yield Timed(
+            case=f"{optimizer_step.NAME} {label} {storage}",
+            calls=calls,
+            copies=1,
+            moved=count * optimizer_step.STORAGES[storage].bytes_a_weight,
+            flops=0,
+            interleaved=together,
+            facts={"operation": optimizer_step.NAME, "set": label},
+        )
+        calls.clear()  # whoever still has the case: its states make room for the next
+
+
+def _optimizers(storage: str, setting: Setting) -> list[str]:
+    """Those that work here."""
+    names = []
+    for name in optimizer_step.CONTENDERS[storage]:
+        if not (setting.with_libraries or name == EAGER or name.startswith(OURS)):
+            continue
+        reason = optimizer_step.why_not(storage, name, setting.device)
         if reason is None:
             names.append(name)
         else:
-            print(f"absent: {optimizer_step.NAME}: {name}: {reason}", flush=True)
-    for label, shapes in optimizer_step.parameter_sets(small=setting.smoke).items():
-        sizes = shapes()
-        count = sum(torch.Size(s).numel() for s in sizes)
-        together = count < optimizer_step.ALONE
-        for group in [names] if together else [[name] for name in names]:
-            calls = _updates(group, sizes, setting.device)
-            if calls is None:
-                what = label if together else f"{label}: {group[0]}"
-                print(f"absent: {optimizer_step.NAME} {what}: does not fit into memory", flush=True)
-                continue
-            yield Timed(
-                case=f"{optimizer_step.NAME} {label} fp32",
-                calls=calls,
-                copies=1,
-                moved=count * optimizer_step.BYTES_A_WEIGHT,
-                flops=0,
-                interleaved=together,
-            )
-            calls.clear()  # whoever still has the case: its states make room for the next
+            print(f"absent: {optimizer_step.NAME} {storage}: {name}: {reason}", flush=True)
+    return names
 
 
 def _updates(
-    names: Sequence[str], sizes: optimizer_step.Shapes, device: torch.device
+    storage: str, names: Sequence[str], sizes: optimizer_step.Shapes, device: torch.device
 ) -> dict[str, Call] | None:
     """Optimizers that share weights and gradients, each with its own state; None out of memory."""
+    dtype, known = optimizer_step.STORAGES[storage].weights, optimizer_step.CONTENDERS[storage]
     try:
-        weights = optimizer_step.weights_like(sizes, device)
-        updates = {name: optimizer_step.CONTENDERS[name](weights) for name in names}
+        weights = optimizer_step.weights_like(sizes, device, dtype)
+        updates = {name: known[name](weights) for name in names}
         for update in updates.values():
             update()
     except RuntimeError as error:
@@ -265,12 +304,16 @@ def rows_of(case: Timed, setting: Setting) -> Iterator[harness.Row]:
             "fraction_of_ceiling": round(floor / us, 4),
             "timed_by": timer.method,
             "interleaved": case.interleaved,
+            **case.facts,
+            "contender": name,
             # a process that goes on after a crash has measured its own
             "ceiling_gb_per_s": round(setting.ceilings.gb_per_s, 2),
             "ceiling_tflop_per_s": round(setting.ceilings.tflop_per_s, 2),
             "samples": {"us": [round(value, 4) for value in samples[name]]},
             **now,
         }
+        if (kept := case.kept.get(name)) is not None:
+            row["kept_mib"] = round(kept / 2**20, 3)
         if timer.note is not None:
             row["note"] = timer.note
         yield row

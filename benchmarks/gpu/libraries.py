@@ -30,9 +30,8 @@ def why_not(
     outputs, then the gradients of the sum of outputs in the order of `trained`."""
     try:
         found = outputs_of(bind(**inputs)())
-        grads = torch.autograd.grad(
-            found, [inputs[n] for n in trained], [torch.ones_like(t) for t in found]
-        )
+        ones = [torch.ones_like(t) for t in found]
+        grads = torch.autograd.grad(found, [inputs[n] for n in trained], ones) if trained else ()
         for name, ours, theirs in zip(
             [*(f"output {i}" for i in range(len(found))), *trained],
             expected,
@@ -106,25 +105,29 @@ ATTENTION: Mapping[str, Bind] = {
 
 
 def _liger_norm_rope(
-    q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor
-) -> Callable[[], tuple[Tensor, Tensor]]:
+    qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor
+) -> Callable[[], tuple[Tensor, Tensor, Tensor]]:
     from liger_kernel.ops.rms_norm import LigerRMSNormFunction
 
     def norm(x: Tensor, weight: Tensor) -> Tensor:
-        heads = x.unflatten(-1, (-1, len(weight)))
-        return LigerRMSNormFunction.apply(heads, weight, 1e-6, 0.0, "llama", False)
+        return LigerRMSNormFunction.apply(x, weight, 1e-6, 0.0, "llama", False)
 
-    return lambda: (rotate(norm(q, q_weight), cos, sin), rotate(norm(k, k_weight), cos, sin))
+    def run() -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = qkv.unbind(2)
+        table = cos[:, None], sin[:, None]
+        return rotate(norm(q, q_weight), *table), rotate(norm(k, k_weight), *table), v
+
+    return run
 
 
 NORM_ROPE: Mapping[str, Bind] = {"liger norm, torch rope": _liger_norm_rope}
 
 
-def _liger_geglu(x: Tensor) -> Callable[[], Tensor]:
+def _liger_geglu(projected: Tensor) -> Callable[[], Tensor]:
     from liger_kernel.ops.geglu import LigerGELUMulFunction
 
     def run() -> Tensor:
-        y, gate = x.chunk(2, dim=-1)
+        y, gate = projected.chunk(2, dim=-1)
         # It copies strided inputs, and writes their gradients over the copies.
         return LigerGELUMulFunction.apply(gate, y)
 

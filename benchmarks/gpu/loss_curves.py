@@ -63,15 +63,16 @@ def is_new(row: dict[str, Any]) -> bool:
 
 def differing(rows: list[dict[str, Any]]) -> list[tuple[str, str]]:
     """(case, the one before it) where losses of the same weights, batch and noise are apart at some
-    step: eager and compiled steps, saved and recomputed activations, with and without a memory cap
-    differ by rounding alone."""
+    step: eager and compiled steps, fused and plain blocks, saved, recomputed and offloaded activations,
+    with and without a memory cap differ by rounding alone. Those in int8 are compared with each other."""
     first: dict[StepCase, dict[str, Any]] = {}
     found = []
     for row in rows:
         if row["measurement"] != "training step" or not row.get("losses"):
             continue
         case = parse(row["case"])
-        alike = replace(case, activations="recompute", compiled=False, cap_gib=None)
+        kept = "int8" if case.activations == "int8" else "recompute"
+        alike = replace(case, activations=kept, compiled=False, fused=True, cap_gib=None)
         other = first.setdefault(alike, row)
         pairs = zip(row["losses"], other["losses"], strict=False)
         # not >, so that NaN differs

@@ -1,13 +1,26 @@
 """What follows the backward: clipping, AdamW and the average, as one operation on many tensors."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from benchmarks.gpu.arena_updates import (
+    BETAS,
+    DECAY,
+    EMA,
+    EPS,
+    LR,
+    MAX_NORM,
+    STORAGES,
+    Update,
+    arena_update,
+)
 from benchmarks.gpu.libraries import CLOSE
+from benchmarks.gpu.names import EAGER, OURS
 from benchmarks.harness import ROOT
 from fasttune.adapters.lora import apply_lora
 from fasttune.models import MODELS
@@ -17,16 +30,16 @@ from fasttune.optim.clip import clip_by_global_norm_
 from fasttune.optim.ema import Ema
 
 NAME = "clip, adamw, ema"
-BYTES_A_WEIGHT = 36
-"""float32 weight, gradient, two moments and average are read, all but the gradient written."""
-_LR, _BETAS, _EPS, _DECAY, _MAX_NORM, _EMA = 1e-4, (0.9, 0.999), 1e-8, 0.01, 1.0, 0.999
-
+TARGET_MS = 10.0
+"""For the SDXL U-Net on an H200."""
+TARGET_SET = "sdxl"
 ALONE = 10**9
 """Weights from which on contenders are measured one after the other: the states of four of them on SDXL,
 with weights and gradients, would take 100 GB and more."""
 
 Shapes = list[tuple[int, ...]]
-Update = Callable[[], object]
+ThreeSteps = Callable[[torch.device, Shapes], dict[str, tuple[Tensor, Tensor, Tensor]]]
+Make = Callable[[list[nn.Parameter]], Update]
 
 
 def parameter_sets(*, small: bool) -> dict[str, Callable[[], Shapes]]:
@@ -66,7 +79,7 @@ def weights_like(
 def plain(weights: list[nn.Parameter], **options: Any) -> Update:
     """torch's own: clip_grad_norm_, AdamW (multi-tensor unless `options` say otherwise), lerp."""
     optimizer = torch.optim.AdamW(
-        weights, lr=_LR, betas=_BETAS, eps=_EPS, weight_decay=_DECAY, **options
+        weights, lr=LR, betas=BETAS, eps=EPS, weight_decay=DECAY, **options
     )
     return _with_torch_around(optimizer, weights)
 
@@ -76,15 +89,15 @@ def ours(weights: list[nn.Parameter]) -> Update:
     optimizer = build_optimizer(
         "adamw",
         [(str(i), w) for i, w in enumerate(weights)],
-        lr=_LR,
-        betas=_BETAS,
-        eps=_EPS,
-        weight_decay=_DECAY,
+        lr=LR,
+        betas=BETAS,
+        eps=EPS,
+        weight_decay=DECAY,
     )
-    ema = Ema([(str(i), w) for i, w in enumerate(weights)], decay=_EMA)
+    ema = Ema([(str(i), w) for i, w in enumerate(weights)], decay=EMA)
 
     def update() -> list[Tensor]:
-        clip_by_global_norm_(weights, _MAX_NORM)
+        clip_by_global_norm_(weights, MAX_NORM)
         optimizer.step()
         ema.update(10**6)  # far beyond the steps in which the decay grows
         return ema.shadow
@@ -96,9 +109,9 @@ def _with_torch_around(optimizer: Optimizer, weights: list[nn.Parameter]) -> Upd
     shadow = [w.detach().clone() for w in weights]
 
     def update() -> list[Tensor]:
-        nn.utils.clip_grad_norm_(weights, _MAX_NORM)
+        nn.utils.clip_grad_norm_(weights, MAX_NORM)
         optimizer.step()
-        torch._foreach_lerp_(shadow, [w.detach() for w in weights], 1 - _EMA)
+        torch._foreach_lerp_(shadow, [w.detach() for w in weights], 1 - EMA)
         return shadow
 
     return update
@@ -108,7 +121,7 @@ def _bitsandbytes(weights: list[nn.Parameter]) -> Update:
     import bitsandbytes
 
     optimizer = bitsandbytes.optim.AdamW8bit(
-        weights, lr=_LR, betas=_BETAS, eps=_EPS, weight_decay=_DECAY
+        weights, lr=LR, betas=BETAS, eps=EPS, weight_decay=DECAY
     )
     return _with_torch_around(optimizer, weights)
 
@@ -116,28 +129,55 @@ def _bitsandbytes(weights: list[nn.Parameter]) -> Update:
 def _apex(weights: list[nn.Parameter]) -> Update:
     from apex.optimizers import FusedAdam
 
-    optimizer = FusedAdam(weights, lr=_LR, betas=_BETAS, eps=_EPS, weight_decay=_DECAY)
+    optimizer = FusedAdam(weights, lr=LR, betas=BETAS, eps=EPS, weight_decay=DECAY)
     return _with_torch_around(optimizer, weights)
 
 
-CONTENDERS: Mapping[str, Callable[[list[nn.Parameter]], Update]] = {
-    "eager": plain,
-    "ours": ours,
-    "bitsandbytes 8-bit": _bitsandbytes,
-    "apex": _apex,
+def _arena(storage: str, backend: str | None) -> Make:
+    """On the CPU every backend stands for what runs there."""
+
+    def make(weights: list[nn.Parameter]) -> Update:
+        on_gpu = weights[0].device.type == "cuda"
+        return arena_update(weights, STORAGES[storage], backend if on_gpu else None)
+
+    return make
+
+
+TRITON, CUDA = f"{OURS} triton", f"{OURS} cuda c++"
+CONTENDERS: Mapping[str, Mapping[str, Make]] = {
+    "fp32": {
+        EAGER: plain,
+        OURS: ours,
+        TRITON: _arena("fp32", "triton"),
+        CUDA: _arena("fp32", "cuda"),
+        "bitsandbytes 8-bit": _bitsandbytes,
+        "apex": _apex,
+    },
+    "bf16 8-bit": {
+        EAGER: plain,
+        TRITON: _arena("bf16 8-bit", "triton"),
+        CUDA: _arena("bf16 8-bit", "cuda"),
+        "bitsandbytes 8-bit": _bitsandbytes,
+    },
 }
-"""torch.compile is not among them: it would make one graph of thousands of tensors."""
+"""By the storage of weights and state. "ours" is what the trainer calls; the arena step stands beside it
+in Triton and in CUDA C++, so that the faster one can be made the default. In bf16 the others round to
+the nearest, and eager keeps its state in bf16. torch.compile is not among them: it would make one graph of
+thousands of tensors."""
 
 
-def why_not(contender: str, device: torch.device) -> str | None:
+def why_not(storage: str, contender: str, device: torch.device) -> str | None:
     """Why this one does not work here; None if it does: a small step must be right."""
-    weights, expected = (weights_like([(128, 64)], device) for _ in range(2))
+    dtype = STORAGES[storage].weights
+    weights, expected = (weights_like([(128, 64)], device, dtype) for _ in range(2))
     try:
         plain(expected)()
-        CONTENDERS[contender](weights)()
-        moved = (expected[0] - weights[0]).abs().max().item()
-        # A first step of Adam moves each weight by lr.
-        return None if moved <= CLOSE * _LR else f"another update: off by {moved / _LR:.2g} lr"
+        CONTENDERS[storage][contender](weights)()
+        moved = (expected[0].float() - weights[0].float()).abs()
+        # A first step of Adam moves each weight by lr; in bf16 it may be rounded to either side.
+        unit = torch.finfo(dtype).eps * expected[0].float().abs()
+        off = (moved - (unit if dtype != torch.float32 else 0)).max().item()
+        return None if off <= CLOSE * LR else f"another update: off by {off / LR:.2g} lr"
     except ImportError as error:
         return f"not installed ({error})"
     except Exception as error:  # whatever a library raises when its kernels are missing
@@ -153,22 +193,25 @@ ODD: Mapping[str, Shapes] = {
 """Where mistakes show: multi-tensor kernels work in chunks of 65536 numbers, on 110 tensors or fewer a launch."""
 
 
-def three_steps(device: torch.device, shapes: Shapes) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
-    """Weights and averages after three steps: (ours, torch's in float32, torch's in float64)."""
+def three_steps(
+    device: torch.device, shapes: Shapes, make: Make, like: Make, dtype: torch.dtype
+) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+    """Weights and averages after three steps: (of `make`, of `like` in the same dtype, torch's in
+    float64)."""
     exact_device = torch.device("cpu") if device.type == "mps" else device
-    starts = weights_like(shapes, device)
+    starts = weights_like(shapes, device, dtype)
     found = []
-    for make, where, dtype in (
-        (ours, device, torch.float32),
-        (plain, device, torch.float32),
+    for builder, where, precision in (
+        (make, device, dtype),
+        (like, device, dtype),
         (plain, exact_device, torch.float64),
     ):
-        weights = [nn.Parameter(w.detach().to(where, dtype, copy=True)) for w in starts]
-        update = make(weights)
+        weights = [nn.Parameter(w.detach().to(where, precision, copy=True)) for w in starts]
+        update = builder(weights)
         for step in range(3):
             for w, start in zip(weights, starts, strict=True):
                 assert start.grad is not None
-                w.grad = (start.grad * (step + 1)).to(where, dtype, copy=True)
+                w.grad = (start.grad * (step + 1)).to(where, precision, copy=True)
             shadow = update()
         assert isinstance(shadow, list)
         found.append(
@@ -178,3 +221,21 @@ def three_steps(device: torch.device, shapes: Shapes) -> dict[str, tuple[Tensor,
         "weights": (found[0][0], found[1][0], found[2][0]),
         "average": (found[0][1], found[1][1], found[2][1]),
     }
+
+
+def _checked(storage: str, make: Make, like: Make) -> ThreeSteps:
+    dtype = STORAGES[storage].weights
+    return partial(three_steps, make=make, like=like, dtype=dtype)
+
+
+CHECKED: Mapping[str, ThreeSteps] = {
+    "trainer": _checked("fp32", lambda weights: ours(weights), plain),
+    "arena fp32": _checked("fp32", _arena("fp32", None), plain),
+    # 8 bits are as far from float64 as PyTorch's form of the same step, which draws the same bits
+    "arena bf16 8-bit": _checked(
+        "bf16 8-bit",
+        _arena("bf16 8-bit", None),
+        lambda weights: arena_update(weights, STORAGES["bf16 8-bit"], "torch"),
+    ),
+}
+"""What is compared with float64: the trainer's step, and the arena's as it is dispatched."""

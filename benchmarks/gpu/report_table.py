@@ -3,15 +3,17 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from benchmarks.gpu.names import COMPILED, EAGER, OURS
 from benchmarks.gpu.parts import Said
 from benchmarks.harness import Row, table
 
-_SHOWN_CONTENDERS = ("eager", "compile", "ours")
+_SHOWN_CONTENDERS = (EAGER, COMPILED, OURS)
 
 
 def summary(rows: Sequence[Row], said: Said, left: Mapping[str, Sequence[str]]) -> str:
     """Everything that is shown at the end."""
-    blocks = [_ceilings(rows), _kernels(rows), _steps(rows), _checks(rows)]
+    blocks = [_ceilings(rows), _kernels(rows), _losing(rows), _steps(rows), _sweeps(rows)]
+    blocks += [_targets(rows), _checks(rows)]
     blocks += [_lines("note", said.notes), _lines("absent", said.absent)]
     blocks += [
         f"not run: budget: {part}: {len(names)}: {'; '.join(names)}"
@@ -35,16 +37,22 @@ def _ceilings(rows: Sequence[Row]) -> str:
     return f"ceilings: {', '.join(found)}" if found else ""
 
 
-def _kernels(rows: Sequence[Row]) -> str:
-    """A line a case: microseconds of each contender, and how near the best of them is to the ceiling."""
-    by_case: dict[str, dict[str, Row]] = {}
+def _by_case(rows: Sequence[Row]) -> dict[str, dict[str, Row]]:
+    """Case -> contender -> row."""
+    found: dict[str, dict[str, Row]] = {}
     for row in rows:
         if row["measurement"] == "kernel":
-            case, _, contender = row["case"].rpartition(", ")
-            by_case.setdefault(case, {})[contender] = row
+            case = row["case"].removesuffix(f", {row['contender']}")
+            found.setdefault(case, {})[row["contender"]] = row
+    return found
+
+
+def _kernels(rows: Sequence[Row]) -> str:
+    """A line a case: microseconds of each contender, and how near the best of them is to the ceiling."""
+    by_case = _by_case(rows)
     if not by_case:
         return ""
-    lines = [("kernel, us", *_SHOWN_CONTENDERS, "best library", "best of ceiling")]
+    lines = [("kernel, us", *_SHOWN_CONTENDERS, "best other", "best of ceiling")]
     for case, found in by_case.items():
         others = {name: row for name, row in found.items() if name not in _SHOWN_CONTENDERS}
         best = min(others, key=lambda name: others[name]["us"], default=None)
@@ -53,6 +61,35 @@ def _kernels(rows: Sequence[Row]) -> str:
         fraction = max(row["fraction_of_ceiling"] for row in found.values())
         lines.append((case, *shown, library, f"{fraction:.0%}"))
     return table(lines)
+
+
+def _losing(rows: Sequence[Row]) -> str:
+    """Our kernels that torch.compile of the definition is faster than: to be removed, or kept for the
+    bytes they save."""
+    lines = []
+    for case, found in _by_case(rows).items():
+        ours, compiled = found.get(OURS), found.get(COMPILED)
+        if ours is None or compiled is None or ours["us"] <= compiled["us"]:
+            continue
+        kept = [row.get("kept_mib") for row in (ours, compiled, found.get(EAGER, {}))]
+        saved = "-" if kept[0] is None or kept[1] is None else f"{kept[1] - kept[0]:.2f}"
+        shown = ["-" if value is None else f"{value:.2f}" for value in kept]
+        times = (f"{ours['us']:.1f}", f"{compiled['us']:.1f}", f"{ours['us'] / compiled['us']:.2f}")
+        lines.append((case, *times, *shown, saved))
+    if not lines:
+        return ""
+    head = ("kernels that lose", "ours us", "compile us", "times", "kept MiB", "compile keeps")
+    return table([(*head, "eager keeps", "saved MiB"), *lines])
+
+
+def _targets(rows: Sequence[Row]) -> str:
+    found = [row for row in rows if row["measurement"] == "target"]
+    lines = [("target", "measured", "wanted", "reached")]
+    for row in found:
+        value = next(row[unit] for unit in ("times", "share", "ms") if unit in row)
+        reached = "yes" if row["reached"] else "no"
+        lines.append((row["case"], f"{value:.2f}", f"{row['target']:.2f}", reached))
+    return table(lines) if found else ""
 
 
 _STEP_COLUMNS: tuple[tuple[str, str, str], ...] = (
@@ -77,6 +114,16 @@ def _steps(rows: Sequence[Row]) -> str:
         name = row["case"] if row["fits"] else f"{row['case']}: does not fit"
         lines.append((name, *(_number(row, key, form) for _, key, form in _STEP_COLUMNS)))
     return table(lines)
+
+
+def _sweeps(rows: Sequence[Row]) -> str:
+    """Steps over a list of buckets."""
+    found = [row for row in rows if row["measurement"] == "bucket sweep"]
+    lines = [("over buckets", "buckets", "graphs", "recompiles", "first round s", "second s")]
+    for row in found:
+        keys = ("buckets", "graphs", "recompiles", "first_round_s", "second_round_s")
+        lines.append((row["case"], *(str(row.get(key, "-")) for key in keys)))
+    return table(lines) if found else ""
 
 
 def _number(row: Mapping[str, Any] | None, key: str, form: str) -> str:

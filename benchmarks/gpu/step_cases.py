@@ -6,19 +6,25 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from benchmarks.harness import ROOT
 from fasttune.config import Config
 from fasttune.config_file import config_from_tables
 from fasttune.errors import ConfigError
 
+if TYPE_CHECKING:
+    from torch import nn
+
 MODELS = {"flux": "flux-dev", "sdxl": "sdxl"}
 """Family -> folder in benchmarks/models."""
 SMOKE_SIDE = 64
+PLAIN_CHOICES = ("save", "recompute")
+"""What plain blocks can do with their activations."""
 CAPS_GIB = (12, 16, 24)
 """Memory of common cards, emulated on a larger one."""
 
+_PLAIN, _BUCKETS = "plain", "buckets"
 _PRECISIONS: dict[str, dict[str, str]] = {
     "bf16": {"base": "auto", "compute": "bf16"},
     "bf16-weights": {"base": "bf16", "compute": "bf16"},
@@ -42,13 +48,18 @@ class StepCase:
     size: int = 1024
     """Side of the square images, pixels."""
     compiled: bool = False
+    fused: bool = True
+    """By the blocks' formulas; else by the plain modules, which save or recompute."""
     cap_gib: int | None = None
+    buckets: bool = False
+    """Over buckets of several shapes, for what that compiles."""
 
     @property
     def name(self) -> str:
         """Stable: rows are compared by it."""
         parts = [self.model, self.train, self.precision, self.activations]
         parts += [f"b{self.batch_size}", str(self.size), "compile" if self.compiled else "eager"]
+        parts += ([] if self.fused else [_PLAIN]) + ([_BUCKETS] if self.buckets else [])
         return " ".join([*parts, *([] if self.cap_gib is None else [f"cap{self.cap_gib}"])])
 
     @property
@@ -70,7 +81,7 @@ class StepCase:
             "precision": dict(_PRECISIONS[self.precision]),
             "memory": {"activations": self.activations},
             "data": [{"path": "none", "resolution": self.size}],
-            "train": {"batch_size": self.batch_size},
+            "train": {"batch_size": self.batch_size, "compile": "off"},  # `steps` compiles
             "optimizer": {
                 "name": "adamw" if adamw else "adafactor",
                 "lr": 1e-4 if lora else 1e-5,
@@ -91,6 +102,15 @@ def folder_of(case: StepCase, smoke: bool) -> Iterator[Path]:
         yield write_shrunk(case.folder, Path(temporary), repeats=2)
 
 
+def make_plain(denoiser: "nn.Module", activations: str) -> None:
+    """Gives a fused network its plain blocks again, with the same activations."""
+    from fasttune.models.fused import unfuse
+    from fasttune.models.layers import set_recompute
+
+    unfuse(denoiser)
+    set_recompute(denoiser, activations == "recompute")
+
+
 def side_of(case: StepCase, smoke: bool) -> int:
     """Of the square images, pixels."""
     return SMOKE_SIDE if smoke else case.size
@@ -100,7 +120,8 @@ def parse(name: str) -> StepCase:
     """The case of a name; ConfigError where there is no such thing."""
     parts = name.split()
     try:
-        model, train, precision, activations, batch, size, mode, *cap = parts
+        model, train, precision, activations, batch, size, mode, *options = parts
+        cap = [word.removeprefix("cap") for word in options if word.startswith("cap")]
         case = StepCase(
             model=model,
             train=train,
@@ -109,7 +130,9 @@ def parse(name: str) -> StepCase:
             batch_size=int(batch.removeprefix("b")),
             size=int(size),
             compiled=mode == "compile",
-            cap_gib=int(cap[0].removeprefix("cap")) if cap else None,
+            fused=_PLAIN not in options,
+            cap_gib=int(cap[0]) if cap else None,
+            buckets=_BUCKETS in options,
         )
         known = model in MODELS and precision in _PRECISIONS and train in _TRAINED
     except ValueError:
@@ -134,20 +157,24 @@ def _ordered() -> Iterator[StepCase]:
     sdxl_full = replace(sdxl, train="full")
     # Adafactor and bf16 weights are what lets 12 billion trained weights into 80 GB.
     flux_full = replace(flux, train="full", precision="bf16-weights")
-    first = [flux, sdxl, sdxl_full]
-    for case in first:
-        yield case
-        yield replace(case, compiled=True)
-    yield replace(flux, activations="save")
-    yield replace(flux, activations="save", compiled=True)
+    for case in (flux, sdxl):
+        yield from _by_activations(replace(case, compiled=True))
+    for case in (flux, sdxl):
+        yield replace(case, activations="save", compiled=True, buckets=True)
+        yield from _by_activations(case)
+    yield sdxl_full
+    yield replace(sdxl_full, compiled=True)
     yield replace(sdxl, batch_size=4)
     yield replace(sdxl, batch_size=4, compiled=True)
     yield from (replace(case, cap_gib=cap) for case in (sdxl, sdxl_full) for cap in CAPS_GIB)
+    kept = [replace(sdxl, activations=name) for name in ("save", "int8", "offload")]
+    yield from (replace(case, cap_gib=cap, compiled=True) for case in kept for cap in CAPS_GIB)
+    yield replace(flux, activations="offload", size=512, cap_gib=24)
     yield replace(flux, cap_gib=24)
     yield replace(flux, size=512, cap_gib=24)
     # the rest of what people try on such cards: where it does not fit, that is the row
     narrow = replace(sdxl_full, precision="bf16-weights")
-    tried = (replace(sdxl, activations="save"), narrow, flux, flux_full)
+    tried = (*kept, narrow, flux, flux_full)
     yield from (replace(case, cap_gib=cap) for case in tried for cap in reversed(CAPS_GIB))
     yield replace(flux, size=512)
     yield replace(flux, size=512, compiled=True)
@@ -168,3 +195,11 @@ def _ordered() -> Iterator[StepCase]:
         yield replace(
             case, activations=activations, size=size, batch_size=batch_size, compiled=compiled
         )
+
+
+def _by_activations(case: StepCase) -> Iterator[StepCase]:
+    """Each choice for what blocks keep, and beside it the plain blocks where they have it."""
+    for activations in ("save", "int8", "recompute", "offload"):
+        yield replace(case, activations=activations)
+        if activations in PLAIN_CHOICES:
+            yield replace(case, activations=activations, fused=False)

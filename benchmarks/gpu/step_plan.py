@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.gpu.step_cases import StepCase, folder_of, parse, side_of
+from benchmarks.gpu.step_cases import StepCase, folder_of, make_plain, parse, side_of
 
 if TYPE_CHECKING:
     from fasttune.rehearsal import Rehearsal
@@ -34,8 +34,8 @@ def planned(case: StepCase, *, smoke: bool = False) -> dict[str, Any]:
 def _add_tflop(entry: dict[str, Any], case: StepCase, known: dict[str, float], smoke: bool) -> None:
     """FLOPs of the network alone, nothing computed twice, as MFU has them. `known` is for cases that
     differ in the batch or in the memory alone."""
-    plain = replace(
-        case, activations="save", batch_size=1, compiled=False, cap_gib=None, precision="bf16"
+    plain = StepCase(
+        model=case.model, train=case.train, activations="save", size=case.size, fused=False
     )
     with _said_in(entry):
         if plain.name not in known:
@@ -72,13 +72,16 @@ def _faked(case: StepCase, smoke: bool) -> Iterator["Rehearsal"]:
 
     config, side = case.config(), side_of(case, smoke)
     with FakeTensorMode(), folder_of(case, smoke) as folder:
-        yield rehearse(
+        rehearsal = rehearse(
             config,
             folder,
             placement=gpu_placement(config),
             device_type="cuda",
             size=(side, side),
         )
+        if not case.fused:
+            make_plain(rehearsal.denoiser, case.activations)
+        yield rehearsal
 
 
 def _tflop(case: StepCase, smoke: bool) -> float:

@@ -15,13 +15,16 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks import harness
 from benchmarks.gpu import loss_curves
+from benchmarks.gpu.bucket_sweep import compiled_graphs, swept
 from benchmarks.gpu.card import device_for, is_out_of_memory, state, synchronize
-from benchmarks.gpu.step_cases import StepCase, cases, folder_of, parse, side_of
+from benchmarks.gpu.step_cases import StepCase, cases, folder_of, make_plain, parse, side_of
 from benchmarks.gpu.step_plan import planned, read_plan
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+
+    from fasttune.rehearsal import Rehearsal
 
 STARTED = time.perf_counter()
 """Of the process, but for the interpreter's own start."""
@@ -42,7 +45,7 @@ TakeStep = Callable[[], "Tensor"]
 def measure(
     case: StepCase, *, steps: int, seconds: float, smoke: bool
 ) -> tuple[harness.Row, list[float]]:
-    """The row of a case, and its losses."""
+    """The row of a case, and its losses; none over buckets."""
     import torch
 
     device = device_for(smoke=smoke)
@@ -51,27 +54,42 @@ def measure(
         row["context_gib"] = _cap(case.cap_gib)
     losses: list[float] = []
     with out_of_memory_is_a_result(row, device), folder_of(case, smoke) as folder:
-        take_step = _rehearsed(case, folder, device, smoke)
-        losses = timed_steps(take_step, case.batch_size, device, row, steps=steps, seconds=seconds)
+        rehearsal = rehearsed(case, folder, device, smoke)
+        if case.buckets:
+            row |= swept(rehearsal, folder, seconds=seconds, smoke=smoke)
+        else:
+            take_step, count = rehearsal.take_step, case.batch_size
+            losses = timed_steps(take_step, count, device, row, steps=steps, seconds=seconds)
         if case.compiled:
-            row["graphs"] = _graphs()
+            row["graphs"] = compiled_graphs()
     row |= {"host_peak_gib": host_peak_gib(), **tf32(case)}
     if device.type == "cuda":
         row["gpu"] = torch.cuda.get_device_name(device)
     return row, losses
 
 
-def _rehearsed(case: StepCase, folder: Path, device: "torch.device", smoke: bool) -> TakeStep:
+def rehearsed(case: StepCase, folder: Path, device: "torch.device", smoke: bool) -> "Rehearsal":
+    """The run of a case, compiled if it says so; the smoke run does without a C++ compiler."""
     from benchmarks.static.compiled import compile_blocks
     from fasttune.build import placement_for
+    from fasttune.memory.activations import policy_of
+    from fasttune.models.compiled import Compiler
+    from fasttune.models.formulas import FORMULAS
+    from fasttune.models.fused import fuse
     from fasttune.rehearsal import rehearse
 
     config = case.config(device.type)
     side = side_of(case, smoke)
     rehearsal = rehearse(config, folder, placement=placement_for(config), size=(side, side))
-    if case.compiled:
-        compile_blocks(rehearsal.denoiser, backend="aot_eager" if smoke else "inductor")
-    return rehearsal.take_step
+    backend = "aot_eager" if smoke else "inductor"
+    if not case.fused:
+        make_plain(rehearsal.denoiser, case.activations)
+        if case.compiled:
+            compile_blocks(rehearsal.denoiser, backend=backend)
+    elif case.compiled:
+        policy = policy_of(config.memory.activations)
+        fuse(rehearsal.denoiser, FORMULAS, policy=policy, compile=Compiler(backend=backend))
+    return rehearsal
 
 
 def timed_steps(
@@ -93,7 +111,7 @@ def timed_steps(
     row["first_step_s"] = round(time.perf_counter() - STARTED, 3)
     row |= memory_peaks(device, "first_step_")
     losses += [take_step() for _ in range(min(WARM_UP, steps) - 1)]
-    compiled_before = _graphs()
+    compiled_before = compiled_graphs()
     reset_peaks(device)
     marks = [_mark(device)]
     began = time.perf_counter()
@@ -111,7 +129,7 @@ def timed_steps(
         median = statistics.median(times)
         row["step_ms"] = round(median, 3)
         row["images_per_s"] = round(1000 * batch_size / median, 4)
-        row["recompiles"] = _graphs() - compiled_before
+        row["recompiles"] = compiled_graphs() - compiled_before
         row |= memory_peaks(device)
         row |= now
         row["samples"] = {"step_ms": [round(value, 3) for value in times]}
@@ -209,13 +227,6 @@ def tf32(case: StepCase) -> dict[str, bool]:
     }
 
 
-def _graphs() -> int:
-    """Graphs that were compiled in this process."""
-    from torch._dynamo.utils import counters
-
-    return int(counters["stats"]["unique_graphs"])
-
-
 def with_plan(row: harness.Row, case: StepCase, plan: Path | None, *, smoke: bool) -> None:
     """Adds FLOPs, MFU and the predicted peak: from the plan's file, or worked out now."""
     from benchmarks.roofline import card_named, mfu
@@ -255,6 +266,9 @@ def main() -> None:
         return
     case = parse(args.case)
     row, losses = measure(case, steps=args.steps, seconds=args.seconds, smoke=args.smoke)
+    if case.buckets:
+        harness.emit("bucket sweep", case=case.name, **row)
+        return
     with_plan(row, case, args.plan, smoke=args.smoke)
     recorded = loss_curves.read(args.curves)
     row |= loss_curves.compared(case.name, _place(row), losses, recorded)

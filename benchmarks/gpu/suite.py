@@ -14,16 +14,16 @@ import tempfile
 import time
 import zipfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from benchmarks import harness
-from benchmarks.gpu import loss_curves
 from benchmarks.gpu.chosen_items import PARTS, asked, own_kernels
-from benchmarks.gpu.parts import LEAST_S, Said, run_child, run_items, why
+from benchmarks.gpu.judging import curves_file, judge_curves, judge_targets
+from benchmarks.gpu.parts import Said, run_beside, run_child, run_items, why
 from benchmarks.gpu.planning import Planner, complete
 from benchmarks.gpu.report_table import summary
+from benchmarks.gpu.run import Run
 from fasttune.errors import FasttuneError, HardwareError
 
 _ENDS = {"correctness": 0.25, "kernels": 0.4, "steps": 0.8, "contenders": 1.0}
@@ -31,6 +31,8 @@ _ENDS = {"correctness": 0.25, "kernels": 0.4, "steps": 0.8, "contenders": 1.0}
 _PLANNING = 0.15
 """Share of the time that the first step waits at most for the FLOPs of all."""
 _PREFIX = "benchmarks.gpu."
+_MOST_CHECKERS = 8
+"""Processes that check at once: each has a CUDA context of half a GiB, and compiles with one core."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,42 +53,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--smoke", action="store_true", help="tiny sizes on the CPU, to try the benchmarks out"
     )
-
-
-@dataclass(kw_only=True, slots=True)
-class Run:
-    """One run of the suite."""
-
-    args: argparse.Namespace
-    facts: harness.Row
-    path: Path
-    began: float
-    rows: list[harness.Row] = field(default_factory=list)
-    said: Said = field(default_factory=Said)
-    left: dict[str, list[str]] = field(default_factory=dict)
-    """Part -> items that are not run yet."""
-    environment: dict[str, str] = field(default_factory=dict)
-    """Of the children, beside what all have."""
-
-    def deadline(self, share: float = 1.0) -> float:
-        seconds: float = 60 * self.args.minutes * share
-        return self.began + seconds
-
-    def has_time(self, share: float = 1.0) -> bool:
-        return self.deadline(share) - time.monotonic() > LEAST_S
-
-    def add(self, row: harness.Row) -> None:
-        """Writes a row with the facts of the machine; what the row says itself holds."""
-        now = datetime.now(UTC).isoformat(timespec="seconds")
-        whole = {**self.facts, "time": now, **row}
-        head = {"measurement": whole.pop("measurement"), "case": whole.pop("case", "")}
-        harness.write_rows(self.path, [{**head, **whole}])
-        self.rows.append({**head, **whole})
-        print(f"  {head['measurement']}: {head['case']}", flush=True)
-
-    @property
-    def smoke(self) -> list[str]:
-        return ["--smoke"] if self.args.smoke else []
 
 
 def run(args: argparse.Namespace) -> int:
@@ -113,7 +79,8 @@ def _run(args: argparse.Namespace, temporary: Path) -> int:
     said.notes += facts.pop("notes")
     suite.left = asked(args, facts, said)
     _all_parts(suite, temporary)
-    _judge_curves(suite)
+    judge_curves(suite)
+    judge_targets(suite)
     print(summary(suite.rows, suite.said, suite.left))
     print(f"\n{len(suite.rows)} rows in {suite.path}, {time.monotonic() - began:.0f} s")
     return 1 if said.failed else 0
@@ -131,38 +98,6 @@ def _unpacked(folder: Path, site: Path) -> dict[str, str]:
         with zipfile.ZipFile(wheel) as file:
             file.extractall(site)
     return {"PYTHONPATH": os.pathsep.join([harness.environment()["PYTHONPATH"], str(site)])}
-
-
-def _curves_file(args: argparse.Namespace) -> Path:
-    return args.out / loss_curves.FILE.name if args.out else loss_curves.FILE
-
-
-def _judge_curves(suite: Run) -> None:
-    """Says which losses are not as they should be, and records new ones if this run can be trusted."""
-    failed = suite.said.failed
-    for row in suite.rows:
-        if row.get("loss_curve") == "differs":
-            failed.append((row["case"], "the losses differ from the recorded curve"))
-    for case, other in loss_curves.differing(suite.rows):
-        failed.append(
-            (
-                case,
-                f"losses are more than {loss_curves.TOLERANCE:.0%} from those of {other}, which has "
-                "the same weights and noise",
-            )
-        )
-    if suite.args.smoke or not any(loss_curves.is_new(row) for row in suite.rows):
-        return
-    file = _curves_file(suite.args)
-    if suite.facts.get("changed_files") != 0:
-        untold = "the checkout is changed, or no checkout at all"
-    elif failed or not own_kernels() <= _right(suite):
-        untold = "not all of this run is right"
-    else:
-        added = loss_curves.record(suite.rows, file)
-        suite.said.notes.append(f"{len(added)} loss curves are new and recorded in {file}")
-        return
-    suite.said.notes.append(f"new loss curves are not recorded: {untold}")
 
 
 def _facts(args: argparse.Namespace, environment: dict[str, str]) -> harness.Row:
@@ -204,7 +139,7 @@ def _results_file(args: argparse.Namespace, facts: harness.Row) -> Path:
 
 
 def _all_parts(suite: Run, temporary: Path) -> None:
-    cases = [*suite.left.get("steps", ())]
+    cases = [name for name in suite.left.get("steps", ()) if not name.endswith(" buckets")]
     cases += [item.partition(" | ")[2] for item in suite.left.get("contenders", ())]
     planner = Planner(cases, temporary / "plan.json", suite.environment, smoke=suite.args.smoke)
     try:
@@ -234,11 +169,11 @@ def _run_part(suite: Run, part: str, share: float, planner: Planner, temporary: 
         left = _items_of(suite, part, ready, share, on_crash=("--no-libraries",))
         suite.left[part] = [name for name in names if name in left or name not in ready]
         return
-    if wrong := _wrong_kernels(suite):
+    if wrong := suite.wrong():
         if suite.left[part]:
             suite.said.notes.append(f"{part} were not run: {', '.join(wrong)} failed its check")
         suite.left[part] = []
-    if part == "steps" and not own_kernels() <= _right(suite):
+    if part == "steps" and not own_kernels() <= suite.right():
         return  # their checks had no time yet
     if not (suite.left[part] and suite.has_time(share)):
         return
@@ -256,22 +191,31 @@ def _run_part(suite: Run, part: str, share: float, planner: Planner, temporary: 
 def _items_of(
     suite: Run, part: str, names: Sequence[str], share: float, on_crash: Sequence[str] = ()
 ) -> list[str]:
-    """Runs items of a part that has them in one process, and returns what there was no time for."""
-    return run_items(
-        f"{_PREFIX}{part}",
-        names,
-        options=suite.smoke,
-        on_crash=on_crash,
-        deadline=suite.deadline(share),
-        said=suite.said,
-        on_row=suite.add,
-        environment=suite.environment,
-    )
+    """Runs items of a part that takes several in a process, and returns what there was no time for.
+    Checks run side by side; where they are tried out on the CPU, Triton interprets its kernels."""
+    options: dict[str, Any] = {
+        "options": suite.smoke,
+        "on_crash": on_crash,
+        "deadline": suite.deadline(share),
+        "said": suite.said,
+        "on_row": suite.add,
+        "environment": suite.environment,
+    }
+    module = f"{_PREFIX}{part}"
+    if part != "correctness":
+        return run_items(module, names, **options)
+    if suite.args.smoke:
+        interpreter = {"TRITON_INTERPRET": "1"}
+        return run_items(
+            module, names, **{**options, "environment": {**suite.environment, **interpreter}}
+        )
+    processes = max(1, min(_MOST_CHECKERS, (os.cpu_count() or 1) // 2))
+    return run_beside(module, names, processes=processes, **options)
 
 
 def _crashes_are_wrong(suite: Run, failed: Sequence[tuple[str, str]]) -> None:
     """A row for each check that ended its process before it could say anything."""
-    wrong = _wrong_kernels(suite)
+    wrong = suite.wrong()
     for item, text in failed:
         if item not in wrong:
             suite.add(
@@ -286,30 +230,19 @@ def _crashes_are_wrong(suite: Run, failed: Sequence[tuple[str, str]]) -> None:
             )
 
 
-def _right(suite: Run) -> set[str]:
-    """Operations whose checks have all ended and passed."""
-    found = {row["operation"] for row in suite.rows if row["measurement"] == "correctness"}
-    return found.difference(_wrong_kernels(suite), suite.left.get("correctness", ()))
-
-
 def _checked(suite: Run) -> list[str]:
     """The kernels' items that may be timed by now."""
     from benchmarks.gpu.kernels import CEILINGS, operation_of
 
-    right = {*_right(suite), CEILINGS}
+    right = {*suite.right(), CEILINGS}
     return [name for name in suite.left["kernels"] if operation_of(name) in right]
-
-
-def _wrong_kernels(suite: Run) -> list[str]:
-    rows = [row for row in suite.rows if row["measurement"] == "correctness"]
-    return sorted({row["operation"] for row in rows if not row["passed"]})
 
 
 def _leave_out_failed(suite: Run) -> None:
     """Takes what failed its check, or crashed in it, out of what is timed."""
     from benchmarks.gpu.kernels import operation_of
 
-    wrong, names = _wrong_kernels(suite), suite.left["kernels"]
+    wrong, names = suite.wrong(), suite.left["kernels"]
     bad = [name for name in names if operation_of(name) in wrong]
     if bad:
         suite.said.notes.append(f"not timed after their check failed: {', '.join(bad)}")
@@ -318,7 +251,7 @@ def _leave_out_failed(suite: Run) -> None:
 
 def _step(suite: Run, name: str, deadline: float, plan: Path, temporary: Path) -> bool:
     """One case of training steps; False if the time was up before it ended."""
-    options = ["--case", name, "--plan", str(plan), "--curves", str(_curves_file(suite.args))]
+    options = ["--case", name, "--plan", str(plan), "--curves", str(curves_file(suite.args))]
     return _cold_and_warm(suite, "steps", name, [*options, *suite.smoke], deadline, temporary)
 
 
@@ -333,6 +266,7 @@ def _cold_and_warm(
     """As `_child`; what is compiled runs twice, with an empty compile cache and with what the first
     left there, never with the user's own."""
     timed = [*options, "--steps", "5" if suite.args.smoke else str(suite.args.steps)]
+    is_sweep = item.endswith(" buckets")  # compiles all the time, so that cold is what it is
     if " compile" not in item:
         return _child(suite, module, item, timed, deadline, {})
     with tempfile.TemporaryDirectory(dir=temporary) as cache:
@@ -340,6 +274,8 @@ def _cold_and_warm(
             "TORCHINDUCTOR_CACHE_DIR": f"{cache}/inductor",
             "TRITON_CACHE_DIR": f"{cache}/triton",
         }
+        if is_sweep:
+            return _child(suite, module, item, timed, deadline, environment)
         cold: list[harness.Row] = []
         if not _child(
             suite, module, item, [*options, "--steps", "1"], deadline, environment, cold.append
