@@ -5,64 +5,97 @@ bf16. Memory is traced over two steps, as the first one makes the optimizer's st
 launches are counted in a third. Images have the size of the run's largest bucket, so that no batch of
 the run takes more. A step of several micro-batches is traced with two, which is where
 the peak is: the second finds the gradients of the first in place; costs are those of all.
+
+Fake tensors show what operations return. What a kernel of ours allocates for itself is not seen.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.harness import Row
 from benchmarks.roofline import load_cards, step_ms
+from benchmarks.static.blocks import MIXED
 from benchmarks.static.costs import Costs, CountCosts
 from benchmarks.static.gpu_operations import as_on_gpu
 from benchmarks.static.models import shipped_configs, with_lora
 from benchmarks.static.step_memory import trace_rehearsal
+from fasttune.build import set_blocks
 from fasttune.config import Config
+from fasttune.memory.activations import Choice
+from fasttune.models.fused import unfuse
 from fasttune.rehearsal import Rehearsal, gpu_placement, rehearse
 
 VERSIONS = ("torch",)
 GIB = 2**30
 
+Activations = Choice | Mapping[Any, Choice]
+
 
 def rows() -> Iterator[Row]:
     for name, config, folder in shipped_configs():
         yield from rows_of(name, config, folder)
-    yield from rows_of(*_uncheckpointed(), size=(1024, 1024), memory_alone=True)
+    for family in ("flux", "sdxl"):
+        yield from activation_rows(family)
 
 
-def _uncheckpointed() -> tuple[str, Config, Path]:
-    """What a Flux LoRA takes that keeps its activations: what fused blocks are to bring down."""
-    name, config, folder = next(c for c in shipped_configs() if c[0].startswith("flux-lora"))
+KEPT: dict[str, tuple[Activations, ...]] = {
+    "flux": ("save", "int8", "offload"),
+    "sdxl": ("save", "int8", "offload", MIXED.choices),
+}
+"""Family -> what becomes of activations, with none of its blocks recomputed."""
+
+
+def activation_rows(family: str) -> Iterator[Row]:
+    """Memory of a LoRA on the attention's projections at 1024 x 1024 pixels that keeps its activations: of
+    plain blocks, of fused ones by what these do with them, and in percent how much of plain blocks'
+    is held at the peak."""
+    name, config, folder = next(c for c in shipped_configs() if c[0].startswith(f"{family}-lora"))
     config = with_lora(config, "attention")
-    memory = replace(config.memory, activations="save")
-    return f"{name}, activations saved", replace(config, memory=memory), folder
+    config = replace(config, memory=replace(config.memory, activations="save"))
+    with rehearsed(config, folder, micro_batches=2, size=(1024, 1024)) as rehearsal:
+        rehearsal.take_step()  # makes the optimizer's state
+        unfuse(rehearsal.denoiser)
+        plain = memory_row(f"{name}, activations saved, plain blocks", rehearsal, steps=1)
+        yield plain
+        for kept in KEPT[family]:
+            memory = replace(config.memory, activations=kept)
+            set_blocks(
+                replace(config, memory=memory),
+                rehearsal.denoiser,
+                rehearsal.placement,
+                device_type=rehearsal.device_type,
+            )
+            row = memory_row(f"{name}, activations {_said(kept)}", rehearsal, steps=1)
+            percent = round(100 * row["saved_gib"] / plain["saved_gib"])
+            yield {**row, "saved_percent_of_plain": percent}
 
 
-def rows_of(
-    name: str,
-    config: Config,
-    folder: Path,
-    *,
-    size: tuple[int, int] | None = None,
-    memory_alone: bool = False,
-) -> Iterator[Row]:
-    """The rows of one run, at its largest bucket unless a (width, height) in pixels is given."""
-    with rehearsed(config, folder, micro_batches=2, size=size) as rehearsal:
+def _said(kept: Activations) -> str:
+    if isinstance(kept, str):
+        return {"save": "saved", "offload": "offloaded"}.get(kept, kept)
+    return ", ".join(f"{name} {how}" for name, how in kept.items())
+
+
+def rows_of(name: str, config: Config, folder: Path) -> Iterator[Row]:
+    """The rows of one run, at its largest bucket."""
+    with rehearsed(config, folder, micro_batches=2) as rehearsal:
         yield memory_row(name, rehearsal)
-        if not memory_alone:
-            costs = costs_of_a_step(rehearsal, config.train.gradient_accumulation)
-            yield flops_row(name, rehearsal, costs)
-            yield launches_row(name, costs)
+        costs = costs_of_a_step(rehearsal, config.train.gradient_accumulation)
+        yield flops_row(name, rehearsal, costs)
+        yield launches_row(name, costs)
 
 
 @contextmanager
 def rehearsed(
     config: Config, folder: Path, *, micro_batches: int, size: tuple[int, int] | None = None
 ) -> Iterator[Rehearsal]:
-    """A rehearsal on fake tensors, with at most so many micro-batches a step; `size` as `rehearse`."""
+    """A rehearsal on fake tensors, with at most so many micro-batches a step; at its largest bucket
+    unless a (width, height) in pixels is given."""
     count = min(config.train.gradient_accumulation, micro_batches)
     short = replace(config, train=replace(config.train, gradient_accumulation=count))
     kind = "cpu" if config.run.device == "cpu" else "cuda"
@@ -73,9 +106,9 @@ def rehearsed(
             yield rehearsal
 
 
-def memory_row(name: str, rehearsal: Rehearsal) -> Row:
-    """The peak and what it consists of, in GiB."""
-    found = trace_rehearsal(rehearsal, steps=2)
+def memory_row(name: str, rehearsal: Rehearsal, *, steps: int = 2) -> Row:
+    """The peak of some steps and what it consists of, in GiB."""
+    found = trace_rehearsal(rehearsal, steps=steps)
     parts = {f"{part}_gib": gib(size) for part, size in found.breakdown.items()}
     return {
         "gate": "memory",

@@ -32,8 +32,8 @@ class MemoryResult:
 
 
 def trace_rehearsal(rehearsal: Rehearsal, *, steps: int = 2) -> MemoryResult:
-    """Takes `steps` steps, two or more: the first makes the optimizer's state, so that the peak
-    can fall in it or after. Fake tensors need their mode to be on.
+    """Takes `steps` steps, two or more if none was taken before: the first makes the optimizer's
+    state, so that the peak can fall in it or after. Fake tensors need their mode to be on.
 
     Python's cycle collection is off meanwhile: when it runs depends on all else in the process. What
     would wait for it is held, and shows.
