@@ -85,18 +85,19 @@ class Run:
         **changes: Any,
     ) -> None:
         corrections = [1 - beta**t for beta in BETAS]
+        device = self.weights[0].device
         arguments = {
             "weights": self.weights,
             "grads": grads,
             **self.arenas,
             "groups": self.groups,
-            "hyper": torch.tensor(self.hyper),
-            "scalars": torch.tensor([lr, factor, keep, *corrections, 1 - ema_decay]),
+            "hyper": torch.tensor(self.hyper, device=device),
+            "scalars": torch.tensor([lr, factor, keep, *corrections, 1 - ema_decay], device=device),
             "beta1": BETAS[0],
             "beta2": BETAS[1],
             "eps": EPS,
             "rounding": self.rounding,
-            "seed": torch.tensor([seed + t]),
+            "seed": torch.tensor([seed + t], device=device),
         }
         optimizer_step_(**(arguments | changes))
 
@@ -448,14 +449,7 @@ def test_gpu_is_the_pytorch_path(kind: str) -> None:
         grads = tensors(KINDS[kind]["dtype"], seed=t)
         with forced("torch"):
             on_cpu.step(grads, t)
-        scalars = torch.tensor([1e-2, 1.0, 1.0, *(1 - beta**t for beta in BETAS), 0.1])
-        on_gpu.step(
-            [g.cuda() for g in grads],
-            t,
-            hyper=torch.tensor(on_gpu.hyper).cuda(),
-            scalars=scalars.cuda(),
-            seed=torch.tensor([t]).cuda(),
-        )
+        on_gpu.step([g.cuda() for g in grads], t)
     for x, y in zip(on_cpu.weights, on_gpu.weights, strict=True):
         eps = torch.finfo(x.dtype).eps
         far = (x.double() - y.cpu().double()).abs() > 2 * eps * x.double().abs() + 1e-6
