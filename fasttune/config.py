@@ -199,6 +199,8 @@ class Optimizer:
 
     name: Literal["adamw", "adamw8bit", "adafactor", "lion"] = "adamw"
     """adamw8bit keeps its state in 8 bits; adafactor keeps factored second moments."""
+    state_dtype: Literal["auto", "fp32", "bf16", "int8"] = "auto"
+    """Of adamw's two moments: 8, 4 or 2 bytes a weight; auto is fp32. With int8 it is adamw8bit."""
     lr: float = 1e-4
     """Peak learning rate."""
     betas: tuple[float, float] = (0.9, 0.999)

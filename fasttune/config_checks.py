@@ -339,8 +339,6 @@ def _missing_source(source: Data, label: str) -> Iterator[Finding]:
 
 def _needed_libraries(config: Config) -> Iterator[tuple[tuple[str, ...], tuple[str, ...], str]]:
     """(keys, modules of which one is needed, extra of this package that installs it)."""
-    if config.optimizer.name == "adamw8bit":
-        yield ("optimizer.name",), ("torchao", "bitsandbytes"), "torchao"
     if config.logging.tensorboard:
         yield ("logging.tensorboard",), ("tensorboard",), "tensorboard"
     if config.logging.wandb:

@@ -72,6 +72,7 @@ CONDITIONS = (
     Condition("objective.guidance", "model.family", ("flux",)),
     Condition("objective.text_mask", "model.family", ("flux",)),
     Condition("objective.kl_weight", "model.family", ("autoencoder",)),
+    Condition("optimizer.state_dtype", "optimizer.name", ("adamw",)),
     Condition("optimizer.betas", "optimizer.name", ("adamw", "adamw8bit", "lion")),
     Condition("optimizer.eps", "optimizer.name", ("adamw", "adamw8bit", "adafactor")),
     Condition(

@@ -87,7 +87,8 @@ def rehearse(
     """
     spec = MODELS[config.model.family]
     size = size or largest_bucket(config, spec, folder)
-    with _drawn(config.run.seed):
+    kind = device_type or placement.device.type
+    with _drawn(config.run.seed), chunked_as_on(kind):
         denoiser = network_without_weights(spec, folder, placement)
         adapt(config, spec, denoiser)
         set_blocks(config, denoiser, placement, device_type=device_type)
@@ -102,7 +103,7 @@ def rehearse(
             ),
             batch=random_batch(config, spec, folder, placement, size),
             size=size,
-            device_type=device_type or placement.device.type,
+            device_type=kind,
         )
 
 

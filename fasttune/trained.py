@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from fasttune.adapters.formats import load_lora
 from fasttune.checkpoint import ResumeState, check_same_tensors
@@ -19,10 +20,13 @@ from fasttune.data.loader import CachedSample
 from fasttune.device import Placement, short
 from fasttune.errors import CheckpointError
 from fasttune.optim import build_optimizer, load_state_tensors, set_lr, state_tensors
-from fasttune.optim.clip import clip_by_global_norm_
+from fasttune.optim.clip import clip_by_global_norm_, clip_factor
 from fasttune.optim.ema import Ema
+from fasttune.optim.fused_adamw import FusedAdamW
 from fasttune.optim.loss_scale import LossScaler
 from fasttune.optim.schedule import lr_factor
+from fasttune.seeds import derive_seed
+from fasttune_kernels.gradient_norm import gradient_norm
 
 log = logging.getLogger(__name__)
 
@@ -53,15 +57,19 @@ class Trained:
             betas=o.betas,
             eps=o.eps,
             weight_decay=o.weight_decay,
+            state_dtype=o.state_dtype,
+            seed=derive_seed(config.run.seed, "rounding"),
         )
-        self._ema = (
-            Ema(self.parameters.items(), decay=config.ema.decay) if config.ema.enabled else None
-        )
+        self._ema = self._average() if config.ema.enabled else None
         fp16 = placement.compute_dtype == torch.float16
         self._scaler = LossScaler(placement.device) if fp16 else None
         self.scales_loss = fp16
         """Updates with a gradient that is not finite are skipped, not an error."""
         self._base_dtype = short(placement.base_dtype)
+
+    def _average(self) -> Ema:
+        own = self._optimizer.average() if isinstance(self._optimizer, FusedAdamW) else None
+        return Ema(self.parameters.items(), decay=self._config.ema.decay, shadow=own)
 
     def set_lr(self, step: int) -> float:
         """Sets the learning rate of the update after `step` updates, and returns it."""
@@ -85,15 +93,34 @@ class Trained:
     def update(self, step: int) -> Tensor:
         """Update number `step`, counted from 1: clips, updates weights and average, clears the
         gradients. Returns the gradient norm before clipping, on the device."""
+        if isinstance(self._optimizer, FusedAdamW):
+            norm = self._update_in_one_pass(self._optimizer, step)
+        else:
+            norm = self._update_in_turn(self._optimizer, step)
+        self._optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def _update_in_one_pass(self, optimizer: FusedAdamW, step: int) -> Tensor:
+        """The gradients stay as they are: what they are multiplied with is a scalar on the device."""
+        grads = [p.grad for p in self.parameters.values() if p.grad is not None]
+        scale = None if self._scaler is None else self._scaler.scale
+        norm, factor = clip_factor(gradient_norm(grads), self._config.train.max_grad_norm, scale)
+        optimizer.update(
+            factor=factor,
+            found_inf=None if self._scaler is None else self._scaler.adapt(norm),
+            ema_decay=None if self._ema is None else self._ema.decay_at(step),
+        )
+        return norm
+
+    def _update_in_turn(self, optimizer: Optimizer, step: int) -> Tensor:
         scale = None if self._scaler is None else self._scaler.scale
         norm = clip_by_global_norm_(
             list(self.parameters.values()), self._config.train.max_grad_norm, loss_scale=scale
         )
         if self._scaler is None:
-            self._optimizer.step()
+            optimizer.step()
         else:
-            self._scaler.step(self._optimizer, norm)
-        self._optimizer.zero_grad(set_to_none=True)
+            self._scaler.step(optimizer, norm)
         if self._ema is not None:
             self._ema.update(step)
         return norm

@@ -78,6 +78,7 @@ CASES = [
     ("objective.guidance=3.5", [FLUX], SDXL, "model.family"),
     ("objective.text_mask=true", [FLUX], SDXL, "model.family"),
     ("objective.kl_weight=0.1", [AUTOENCODER], SDXL, "model.family"),
+    ("optimizer.state_dtype=bf16", [SDXL], (*SDXL, "optimizer.name=lion"), "optimizer.name"),
     (
         "optimizer.betas=[0.5, 0.5]",
         [SDXL, (*SDXL, "optimizer.name=adamw8bit"), (*SDXL, "optimizer.name=lion")],

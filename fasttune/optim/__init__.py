@@ -29,6 +29,8 @@ class Builder(Protocol):
         betas: tuple[float, float],
         eps: float,
         weight_decay: float,
+        state_dtype: str,
+        seed: int,
     ) -> Optimizer: ...
 
 
@@ -48,11 +50,15 @@ def build_optimizer(
     betas: tuple[float, float],
     eps: float,
     weight_decay: float,
+    state_dtype: str = "auto",
+    seed: int = 0,
 ) -> Optimizer:
     """The optimizer `name` over named parameters, or groups of them.
 
-    Parameters must be on the device they are trained on. Raises ConfigError for an unknown name
-    and HardwareError if "adamw8bit" works with no installed library.
+    Parameters must be on the device they are trained on. `state_dtype` is "auto", or "fp32", "bf16" or
+    "int8" for "adamw"; `seed` is that of what is rounded stochastically. Raises ConfigError for an
+    unknown name and HardwareError if "adamw8bit" or a state's dtype works on this device with nothing
+    that is installed.
     """
     if name not in OPTIMIZERS:
         raise ConfigError(
@@ -62,7 +68,15 @@ def build_optimizer(
         {**entry, "params": list(entry["params"])} if isinstance(entry, dict) else entry
         for entry in params
     ]
-    return OPTIMIZERS[name](entries, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+    return OPTIMIZERS[name](
+        entries,
+        lr=lr,
+        betas=betas,
+        eps=eps,
+        weight_decay=weight_decay,
+        state_dtype=state_dtype,
+        seed=seed,
+    )
 
 
 def set_lr(optimizer: Optimizer, lr: float) -> None:

@@ -106,8 +106,16 @@ def _blend_(moments: list[Tensor], new: Tensor, new_share: Tensor) -> Tensor:
 
 
 def build_adafactor(
-    params: Any, *, lr: float, betas: tuple[float, float], eps: float, weight_decay: float
+    params: Any,
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    state_dtype: str = "auto",
+    seed: int = 0,
 ) -> Adafactor:
     """`eps` is the gradient below which a weight counts as at rest, as in AdamW; Adafactor has no
-    first moment and a decay of its own, so `betas` has no place."""
+    first moment and a decay of its own, so `betas` has no place. Its state is float32, and nothing is
+    rounded stochastically."""
     return Adafactor(params, lr=lr, eps=eps, weight_decay=weight_decay)

@@ -1,6 +1,6 @@
-"""AdamW (https://arxiv.org/abs/1711.05101): torch's fused kernel, one pass over weights and state.
+"""AdamW (https://arxiv.org/abs/1711.05101): `FusedAdamW` where it runs, else what follows.
 
-For float32 weights it is torch.optim.AdamW(fused=True), which CUDA, ROCm, MPS and the CPU have. For
+For float32 weights that is torch.optim.AdamW(fused=True), which CUDA, ROCm, MPS and the CPU have. For
 16-bit weights torch would keep the moments in 16 bits as well, where a second moment with beta2 =
 0.999 stops moving: its updates are smaller than half a unit in the last place. `NarrowAdamW` keeps
 them in float32.
@@ -14,7 +14,17 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from fasttune.optim.chunks import chunks, float32, gradients, named_parameters, write_back_
+from fasttune.errors import HardwareError
+from fasttune.optim import fused_adamw
+from fasttune.optim.chunks import (
+    chunks,
+    device_type_of,
+    float32,
+    gradients,
+    named_parameters,
+    write_back_,
+)
+from fasttune.optim.fused_adamw import STATE_DTYPES, FusedAdamW
 
 
 class NarrowAdamW(Optimizer):
@@ -83,12 +93,45 @@ class NarrowAdamW(Optimizer):
 
 
 def build_adamw(
+    params: Any,
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    state_dtype: str = "auto",
+    seed: int = 0,
+) -> Optimizer:
+    """FusedAdamW where it runs; elsewhere torch's for float32 weights and NarrowAdamW if one is narrower.
+
+    "auto" is float32 state. HardwareError for another where FusedAdamW does not run. On CUDA lr is a
+    device tensor, so that a captured graph would see it change; `set_lr` writes it.
+    """
+    flat = [p for _, p in named_parameters(params)]
+    device = flat[0].device
+    reason = fused_adamw.why_not(flat, eps=eps, device_type=device_type_of(flat[0]))
+    if reason is None:
+        return FusedAdamW(
+            params,
+            lr=torch.tensor(lr, device=device) if device.type == "cuda" else lr,
+            betas=betas,
+            eps=eps,
+            weight_decay=weight_decay,
+            state_dtype=STATE_DTYPES["fp32" if state_dtype == "auto" else state_dtype],
+            seed=seed,
+        )
+    if state_dtype not in ("auto", "fp32"):
+        raise HardwareError(
+            f'optimizer.state_dtype = "{state_dtype}" does not work on {device.type}: {reason}. Set it to'
+            ' "auto", or choose optimizer.name = "adafactor", whose state is smaller than any'
+        )
+    return torch_adamw(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+
+
+def torch_adamw(
     params: Any, *, lr: float, betas: tuple[float, float], eps: float, weight_decay: float
 ) -> Optimizer:
-    """Fused AdamW for float32 weights, NarrowAdamW if one is narrower.
-
-    On CUDA lr is a device tensor, so that a captured graph would see it change; `set_lr` writes it.
-    """
+    """Fused AdamW of torch for float32 weights, NarrowAdamW if one is narrower."""
     flat = [p for _, p in named_parameters(params)]
     if any(p.dtype != torch.float32 for p in flat):
         return NarrowAdamW(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)

@@ -1,9 +1,9 @@
 """AdamW with its two moments in 8 bits, block-wise (https://arxiv.org/abs/2110.02861).
 
-2 bytes of state a weight instead of 8; tensors under 4096 elements keep float32. From bitsandbytes
-where it works on this device, else from torchao, whose updates are compiled once for each shape of
-weight. Which of them works is found out by a step on a small weight, because both import without
-error on machines where their kernels are missing.
+2 bytes of state a weight instead of 8. By `FusedAdamW` where it runs. Elsewhere from bitsandbytes if
+that works, else from torchao, whose updates are compiled once for each shape of weight; both keep
+float32 for tensors under 4096 elements. Which of them works is found out by a step on a small weight,
+because both import without error on machines where their kernels are missing.
 """
 
 import logging
@@ -15,7 +15,9 @@ from torch import nn
 from torch.optim import Optimizer
 
 from fasttune.errors import HardwareError
-from fasttune.optim.chunks import named_parameters
+from fasttune.optim import fused_adamw
+from fasttune.optim.adamw import build_adamw
+from fasttune.optim.chunks import device_type_of, named_parameters
 
 log = logging.getLogger(__name__)
 
@@ -61,14 +63,33 @@ def why_not(open_class: OpenClass, device: torch.device) -> str | None:
 
 
 def build_adamw8bit(
-    params: Any, *, lr: float, betas: tuple[float, float], eps: float, weight_decay: float
+    params: Any,
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    state_dtype: str = "auto",
+    seed: int = 0,
 ) -> Optimizer:
-    """The first of LIBRARIES that works on the device of the parameters.
+    """FusedAdamW, or the first of LIBRARIES that works on the device of the parameters.
 
-    Raises HardwareError with the reason of each if none does.
+    Raises HardwareError with the reason of each if none does. `state_dtype` is "auto" or "int8".
     """
-    device = named_parameters(params)[0][1].device
-    reasons: list[str] = []
+    flat = [p for _, p in named_parameters(params)]
+    device = flat[0].device
+    own = fused_adamw.why_not(flat, eps=eps, device_type=device_type_of(flat[0]))
+    if own is None:
+        return build_adamw(
+            params,
+            lr=lr,
+            betas=betas,
+            eps=eps,
+            weight_decay=weight_decay,
+            state_dtype="int8",
+            seed=seed,
+        )
+    reasons = [f"fasttune: {own}"]
     for name, open_class in LIBRARIES.items():
         reason = why_not(open_class, device)
         if reason is None:

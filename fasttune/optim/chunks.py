@@ -26,13 +26,18 @@ _device: ContextVar[str | None] = ContextVar("device of the chunks", default=Non
 
 @contextmanager
 def chunked_as_on(device_type: str) -> Iterator[None]:
-    """Within, chunks are as large as on this kind of device, wherever the parameters are: for
-    rehearsals, whose fake tensors stand for another device's."""
+    """Within, optimizers are those of this kind of device, and chunks as large as there, wherever the
+    parameters are: for rehearsals, whose fake tensors stand for another device's."""
     token = _device.set(device_type)
     try:
         yield
     finally:
         _device.reset(token)
+
+
+def device_type_of(p: Tensor) -> str:
+    """The kind of device of a parameter, or that which a rehearsal says it stands for."""
+    return _device.get() or p.device.type
 
 
 def named_parameters(params: Sequence[Any]) -> list[NamedParameter]:
@@ -67,7 +72,7 @@ def bounded(
     chunk: list[nn.Parameter] = []
     elements = 0
     for p in params:
-        most = limit or (CPU_LIMIT if (_device.get() or p.device.type) == "cpu" else GPU_LIMIT)
+        most = limit or (CPU_LIMIT if device_type_of(p) == "cpu" else GPU_LIMIT)
         if chunk and elements + p.numel() > most:
             yield chunk
             chunk, elements = [], 0

@@ -6,6 +6,22 @@ import torch
 from torch import Tensor
 
 
+def clip_factor(
+    norm: Tensor, max_norm: float | None, loss_scale: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """(norm of the unscaled gradients, what to multiply the gradients with; None for 1), 0-dim both, from
+    the norm of gradients as they are. See `clip_by_global_norm_`."""
+    factor = None
+    if loss_scale is not None:
+        factor = 1 / loss_scale
+        norm = norm * factor
+    if max_norm is not None:
+        # 1e-6 as in torch.nn.utils.clip_grad_norm_, with which this agrees to the last bit or two.
+        clip = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+        factor = clip if factor is None else clip * factor
+    return norm, factor
+
+
 @torch.no_grad()
 def clip_by_global_norm_(
     params: Iterable[Tensor], max_norm: float | None, *, loss_scale: Tensor | None = None
@@ -22,14 +38,7 @@ def clip_by_global_norm_(
         return torch.zeros(())
     norms = torch._foreach_norm(grads, 2.0, dtype=torch.float32)
     norm = torch.linalg.vector_norm(torch.stack(list(norms)))
-    factor = None
-    if loss_scale is not None:
-        factor = 1 / loss_scale
-        norm = norm * factor
-    if max_norm is not None:
-        # 1e-6 as in torch.nn.utils.clip_grad_norm_, with which this agrees to the last bit or two.
-        clip = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-        factor = clip if factor is None else clip * factor
+    norm, factor = clip_factor(norm, max_norm, loss_scale)
     if factor is not None:
         torch._foreach_mul_(grads, factor)
     return norm

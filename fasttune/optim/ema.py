@@ -16,23 +16,35 @@ class Ema:
 
     float32, because a bf16 average with decay 0.9999 would never move: its updates are smaller
     than half a unit in the last place. Works on whatever is trained, a LoRA or the whole network.
+    `shadow`: the averages, if an optimizer has them, see `FusedAdamW.average`; `update` is then its own.
     """
 
-    def __init__(self, params: Iterable[tuple[str, nn.Parameter]], *, decay: float) -> None:
+    def __init__(
+        self,
+        params: Iterable[tuple[str, nn.Parameter]],
+        *,
+        decay: float,
+        shadow: Mapping[nn.Parameter, Tensor] | None = None,
+    ) -> None:
         named = dict(params)
         self.decay = decay
         self.names = list(named)
         self.params = list(named.values())
-        self.shadow = [p.detach().to(torch.float32, copy=True) for p in self.params]
+        if shadow is None:
+            self.shadow = [p.detach().to(torch.float32, copy=True) for p in self.params]
+        else:
+            self.shadow = [shadow[p] for p in self.params]
+
+    def decay_at(self, step: int) -> float:
+        """Of the update number `step` (from 1): min(decay, (1 + step) / (10 + step)), so that the random
+        start is forgotten."""
+        return min(self.decay, (1 + step) / (10 + step))
 
     @torch.no_grad()
     def update(self, step: int) -> None:
         """After optimizer update number `step` (from 1): few kernels, no host sync; 16-bit weights
-        are widened a chunk at a time.
-
-        The decay is min(decay, (1 + step) / (10 + step)), so that the random start is forgotten.
-        """
-        decay = min(self.decay, (1 + step) / (10 + step))
+        are widened a chunk at a time. The decay is `decay_at(step)`."""
+        decay = self.decay_at(step)
         begin = 0
         for params in bounded(self.params):
             shadow = self.shadow[begin : begin + len(params)]

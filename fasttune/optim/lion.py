@@ -58,7 +58,15 @@ class Lion(Optimizer):
 
 
 def build_lion(
-    params: Any, *, lr: float, betas: tuple[float, float], eps: float, weight_decay: float
+    params: Any,
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    state_dtype: str = "auto",
+    seed: int = 0,
 ) -> Lion:
-    """Lion divides by nothing, so `eps` has no place."""
+    """Lion divides by nothing, so `eps` has no place; its state is float32, and nothing is rounded
+    stochastically."""
     return Lion(params, lr=lr, betas=betas, weight_decay=weight_decay)

@@ -5,9 +5,9 @@ backward and the gradients are divided by it after. When a gradient overflows, t
 and the scale halved; after `growth_interval` good steps it doubles.
 
 torch.amp.GradScaler reads on the host in each step whether a gradient overflowed. Here that stays
-a device tensor: the fused AdamW of torch, Adafactor and Lion take it as `found_inf` and leave
-weights and state as they are when it is 1. Optimizers that do not know it (8-bit AdamW) cost the
-one synchronisation.
+a device tensor: the AdamWs, Adafactor and Lion take it as `found_inf` and leave
+weights and state as they are when it is 1. Optimizers that do not know it (8-bit AdamW of libraries)
+cost the one synchronisation.
 """
 
 from collections.abc import Mapping
@@ -58,6 +58,13 @@ class LossScaler:
             del optimizer.found_inf, optimizer.grad_scale  # type: ignore[attr-defined]
         elif not found_inf.item():  # sync: this optimizer cannot skip on the device
             optimizer.step()
+        self._adapt(found_inf)
+        return found_inf
+
+    @torch.no_grad()
+    def adapt(self, grad_norm: Tensor) -> Tensor:
+        """`step` without the update: adapts the scale and returns whether the update is to be skipped."""
+        found_inf = (~grad_norm.isfinite()).float()
         self._adapt(found_inf)
         return found_inf
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fasttune.errors import CheckpointError
+from fasttune.optim.fused_adamw import FusedAdamW
 
 # Lookup tables of 8-bit optimizers: constants, and shared between parameters.
 _CONSTANTS = {"qmap", "qmap1", "qmap2"}
@@ -108,6 +109,9 @@ def load_state_tensors(
 def _create_state(optimizer: Optimizer) -> None:
     """Lets the optimizer allocate its state by steps at lr = 0, which leave all weights as they
     are. A few parameters at a time, so that the gradients for it need little memory."""
+    if isinstance(optimizer, FusedAdamW):
+        optimizer.create_state()
+        return
     rates = [group["lr"] for group in optimizer.param_groups]
     grads = [(p, p.grad) for _, p in _named_parameters(optimizer)]
     for group in optimizer.param_groups:

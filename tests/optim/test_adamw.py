@@ -1,4 +1,4 @@
-"""AdamW: which class serves which weights, and NarrowAdamW against torch and float64."""
+"""AdamW: which class serves which weights where, and NarrowAdamW against torch and float64."""
 
 import math
 from collections.abc import Callable
@@ -6,19 +6,38 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from fasttune.optim import build_optimizer, set_lr
-from fasttune.optim.adamw import NarrowAdamW
+from fasttune.errors import HardwareError
+from fasttune.optim import build_optimizer, fused_adamw, set_lr
+from fasttune.optim.adamw import NarrowAdamW, torch_adamw
+from fasttune.optim.chunks import chunked_as_on
+from fasttune.optim.fused_adamw import FusedAdamW
+from fasttune_kernels import cpu_library
 
 OPTIONS = {"lr": 1e-2, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1}
 
 
-def test_float32_weights_get_the_fused_kernel(weights: Callable) -> None:
-    optimizer = build_optimizer("adamw", weights(), **OPTIONS)
-    assert type(optimizer) is torch.optim.AdamW
+def test_which_class_serves(weights: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    def built(kind: str, dtype: torch.dtype = torch.float32, **options: object) -> type:
+        with chunked_as_on(kind):
+            return type(build_optimizer("adamw", weights(dtype), **{**OPTIONS, **options}))
+
+    monkeypatch.setattr(fused_adamw, "HAS_TRITON", True)
+    monkeypatch.setattr(cpu_library, "available", lambda: True)
+    assert built("cuda") is built("cpu") is built("cpu", torch.bfloat16) is FusedAdamW
+    assert built("mps") is torch.optim.AdamW and built("mps", torch.float16) is NarrowAdamW
+    assert built("cpu", eps=0.0) is torch.optim.AdamW
+    with pytest.raises(HardwareError, match='state_dtype = "bf16" does not work'):
+        built("mps", state_dtype="bf16")
+    monkeypatch.setattr(fused_adamw, "HAS_TRITON", False)
+    monkeypatch.setattr(cpu_library, "available", lambda: False)
+    assert built("cuda") is built("cpu") is torch.optim.AdamW
+    assert built("cuda", torch.bfloat16) is built("cpu", torch.bfloat16) is NarrowAdamW
+
+
+def test_torch_has_the_fused_kernel(weights: Callable) -> None:
+    optimizer = torch_adamw(weights(), **OPTIONS)
     assert optimizer.param_groups[0]["fused"] is True
     assert optimizer.param_groups[0]["param_names"][0] == "block.0.weight"
-    narrow = build_optimizer("adamw", weights(torch.bfloat16), **OPTIONS)
-    assert type(narrow) is NarrowAdamW
 
 
 def test_groups_keep_their_own_settings(weights: Callable) -> None:
@@ -52,7 +71,7 @@ def test_bf16_weights_are_the_rounded_float64_result(
 ) -> None:
     """After each step: state as in float64, weights the nearest bf16 to the exact update."""
     named = weights(torch.bfloat16)
-    optimizer = build_optimizer("adamw", named, **OPTIONS)
+    optimizer = NarrowAdamW(named, **OPTIONS)
     m = [torch.zeros(p.shape, dtype=torch.float64) for _, p in named]
     v = [torch.zeros(p.shape, dtype=torch.float64) for _, p in named]
     for step in range(1, 6):
@@ -72,9 +91,10 @@ def test_bf16_weights_are_the_rounded_float64_result(
             )
 
 
-def test_bf16_second_moment_moves_in_float32(weights: Callable) -> None:
+@pytest.mark.parametrize("make", [NarrowAdamW, FusedAdamW])
+def test_bf16_second_moment_moves_in_float32(weights: Callable, make: type) -> None:
     named = weights(torch.bfloat16)[:1]
-    optimizer = build_optimizer("adamw", named, **OPTIONS)
+    optimizer = make(named, **OPTIONS)
     for _ in range(100):
         named[0][1].grad = torch.ones_like(named[0][1])
         optimizer.step()

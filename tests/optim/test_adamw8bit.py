@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from fasttune.errors import HardwareError
-from fasttune.optim import adamw8bit, build_optimizer
+from fasttune.optim import adamw8bit, build_optimizer, fused_adamw
+from fasttune.optim.fused_adamw import FusedAdamW
 
 OPTIONS = {"lr": 1e-2, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1}
 
@@ -24,17 +25,38 @@ def eager() -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize("library", ["bitsandbytes", "torchao"])
+@pytest.fixture
+def libraries_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """FusedAdamW does not run on this device."""
+    monkeypatch.setattr(fused_adamw, "why_not", lambda params, **options: "switched off")
+
+
+def test_needs_no_library(weights: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused_adamw, "why_not", lambda params, **options: None)
+    monkeypatch.setattr(adamw8bit, "LIBRARIES", {})
+    optimizer = build_optimizer("adamw8bit", weights(), **OPTIONS)
+    assert type(optimizer) is FusedAdamW
+    optimizer.create_state()
+    p = optimizer.param_groups[0]["params"][0]
+    assert optimizer.state[p]["exp_avg.codes"].dtype == torch.uint8
+
+
+@pytest.mark.parametrize("library", ["bitsandbytes", "torchao", "fasttune"])
 def test_follows_adamw_within_8_bits(
     library: str,
     weights: Callable,
     set_gradients: Callable,
+    request: pytest.FixtureRequest,
     monkeypatch: pytest.MonkeyPatch,
     eager: None,
 ) -> None:
-    pytest.importorskip(library)
-    only = {library: adamw8bit.LIBRARIES[library]}
-    monkeypatch.setattr(adamw8bit, "LIBRARIES", only)
+    if library == "fasttune":
+        monkeypatch.setattr(fused_adamw, "why_not", lambda params, **options: None)
+    else:
+        pytest.importorskip(library)
+        request.getfixturevalue("libraries_alone")
+        only = {library: adamw8bit.LIBRARIES[library]}
+        monkeypatch.setattr(adamw8bit, "LIBRARIES", only)
     ours, theirs = weights(), weights()
     a = build_optimizer("adamw8bit", ours, **OPTIONS)
     b = build_optimizer("adamw", theirs, **OPTIONS)
@@ -53,7 +75,10 @@ def test_follows_adamw_within_8_bits(
 
 
 def test_falls_through_to_the_next_library_and_says_why(
-    weights: Callable, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    weights: Callable,
+    libraries_alone: None,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     def missing() -> Callable[..., torch.optim.Optimizer]:
         raise ImportError("No module named 'nothing'")
@@ -66,7 +91,9 @@ def test_falls_through_to_the_next_library_and_says_why(
     assert "nothing: not installed" in caplog.text and "using fine" in caplog.text
 
 
-def test_refused_where_nothing_works(weights: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_refused_where_nothing_works(
+    weights: Callable, libraries_alone: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def broken() -> Callable[..., torch.optim.Optimizer]:
         raise RuntimeError("no kernel image is available\nmore lines")
 
@@ -80,5 +107,8 @@ def test_refused_where_nothing_works(weights: Callable, monkeypatch: pytest.Monk
         build_optimizer("adamw8bit", weights(), **OPTIONS)
     message = str(caught.value)
     assert "broken: no kernel image is available." not in message
-    assert "broken: no kernel image is available; wrong: its first step" in message
+    assert (
+        "fasttune: switched off; broken: no kernel image is available; wrong: its first step"
+        in message
+    )
     assert 'pip install "fasttune[bitsandbytes]"' in message

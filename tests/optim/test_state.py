@@ -9,7 +9,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fasttune.errors import CheckpointError, ConfigError
-from fasttune.optim import adamw8bit, build_optimizer, load_state_tensors, set_lr, state_tensors
+from fasttune.optim import (
+    adamw8bit,
+    build_optimizer,
+    fused_adamw,
+    load_state_tensors,
+    set_lr,
+    state_tensors,
+)
 
 OPTIONS = {"lr": 1e-2, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}
 
@@ -37,6 +44,8 @@ def eager() -> Iterator[None]:
         ("adamw8bit", "bitsandbytes", torch.float32),
         ("adamw8bit", "torchao", torch.float32),
         ("adamw8bit", "torchao", torch.bfloat16),
+        ("adamw8bit", None, torch.float32),
+        ("adamw8bit", None, torch.bfloat16),
     ],
 )
 def test_resuming_is_bitwise(
@@ -50,6 +59,7 @@ def test_resuming_is_bitwise(
 ) -> None:
     if library:
         pytest.importorskip(library)
+        monkeypatch.setattr(fused_adamw, "why_not", lambda params, **options: "switched off")
         only = {library: adamw8bit.LIBRARIES[library]}
         monkeypatch.setattr(adamw8bit, "LIBRARIES", only)
     named = weights(dtype)
