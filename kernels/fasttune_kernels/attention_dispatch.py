@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fasttune_kernels import flash_attention, short_attention
-from fasttune_kernels.dispatch import arch, runs_triton
+from fasttune_kernels.dispatch import arch, device_type, runs_triton
 
 Backend = Literal["short", "cudnn", "flash", "efficient", "own_flash", "cpu", "math"]
 """`short_attention.py`; PyTorch's cuDNN, flash and memory-efficient attention; `flash_attention.py`;
@@ -150,7 +150,7 @@ def backend_of(q: Tensor, k: Tensor, mask: Tensor | None) -> Backend:
     if own and q.shape[3] <= flash_attention.MAX_WIDTH:  # the interpreter
         is_short = k.shape[1] <= short_attention.MAX_KEYS and mask is None
         return "short" if is_short and q.shape[3] <= short_attention.MAX_WIDTH else "own_flash"
-    return "cpu" if q.device.type == "cpu" else "math"
+    return "cpu" if device_type(q) == "cpu" else "math"
 
 
 @cache

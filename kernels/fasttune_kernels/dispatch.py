@@ -20,6 +20,7 @@ from fasttune_kernels.jit import HAS_TRITON
 Backend = Literal["triton", "torch"]
 
 _forced: Backend | None = None
+_stands_for: str | None = None
 
 
 @contextmanager
@@ -33,6 +34,25 @@ def forced(backend: Backend) -> Iterator[None]:
         yield
     finally:
         _forced = before
+
+
+@contextmanager
+def computed_as_on(device_type: str) -> Iterator[None]:
+    """Inside, every operation runs the PyTorch implementation of this kind of device, such as "mps", where
+    its tensors are: for tests of what the machine does not have. Holds for all threads."""
+    global _stands_for
+    before = _stands_for
+    _stands_for = device_type
+    try:
+        with forced("torch"):
+            yield
+    finally:
+        _stands_for = before
+
+
+def device_type(x: Tensor) -> str:
+    """The kind of device that the PyTorch implementation is chosen by."""
+    return _stands_for or x.device.type
 
 
 def custom_op(

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from fasttune_kernels.dispatch import custom_op, runs_triton
+from fasttune_kernels.dispatch import custom_op, device_type, runs_triton
 from fasttune_kernels.group_norm_silu_launch import launch_backward, launch_forward
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -85,7 +85,7 @@ def _aten_fits(x: Tensor) -> bool:
     and keeps float32 statistics then: not on a GPU, and not every torch has its backward on MPS. Its
     channels_last variance is E[x^2] - E[x]^2: at a mean of 10 standard deviations rstd is off by 2e-4
     (of 16384 x 10 normal numbers, float32), where the contiguous one's is off by 1e-7."""
-    return x.device.type == "cpu"
+    return device_type(x) == "cpu"
 
 
 def _launches(x: Tensor) -> bool:

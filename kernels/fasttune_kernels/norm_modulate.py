@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fasttune_kernels.dispatch import custom_op, runs_triton
+from fasttune_kernels.dispatch import custom_op, device_type, runs_triton
 from fasttune_kernels.norm_modulate_kernels import MAX_WIDTH
 from fasttune_kernels.norm_modulate_launch import launch_backward, launch_forward
 
@@ -78,7 +78,7 @@ def _affine(
 def _native_dtype(x: Tensor) -> torch.dtype:
     """For which aten's LayerNorm keeps float32 statistics and takes float32 weights; of the reduced
     ones the CPU's kernel alone does."""
-    return x.dtype if x.device.type == "cpu" else wide_dtype(x)
+    return x.dtype if device_type(x) == "cpu" else wide_dtype(x)
 
 
 def _forward_rows(

@@ -177,7 +177,7 @@ def _step_torch(
 
 def _is_readable(x: Tensor) -> bool:
     """Without waiting for a device."""
-    return x.device.type == "cpu"
+    return dispatch.device_type(x) == "cpu"
 
 
 def _bits(seed: Tensor, begin: int, end: int, stream: int) -> Tensor:
