@@ -1,17 +1,16 @@
 """The arena step of fasttune_kernels as what follows the backward: norm, clip, AdamW and average."""
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, get_args
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
 
-from fasttune_kernels import dispatch
+from fasttune_kernels import dispatch, optimizer_step
 from fasttune_kernels.arena import Arena
 from fasttune_kernels.gradient_norm import gradient_norm
-from fasttune_kernels.optimizer_step import optimizer_step_
 
 Update = Callable[[], object]
 LR, BETAS, EPS, DECAY, MAX_NORM, EMA = 1e-4, (0.9, 0.999), 1e-8, 0.01, 1.0, 0.999
@@ -50,10 +49,7 @@ STORAGES = {
 
 
 def arena_update(weights: list[nn.Parameter], storage: Storage, backend: str | None) -> Update:
-    """The step by one of dispatch.Backend, or by what the dispatcher takes. ImportError where there is no
-    such backend."""
-    if backend is not None and backend not in get_args(dispatch.Backend):
-        raise ImportError(f"fasttune_kernels has no backend {backend}")
+    """The step in "triton", in "cuda" (C++) or in "torch"; None leaves it to the dispatcher."""
     device, layout = weights[0].device, Arena.of(weights)
     narrow = storage.state == torch.uint8
     m, v = (layout.zeros(storage.state, device) for _ in range(2))
@@ -79,7 +75,7 @@ def arena_update(weights: list[nn.Parameter], storage: Storage, backend: str | N
             seed.add_(1)
             scalars[1] = (MAX_NORM / (norm + 1e-6)).clamp(max=1.0)
             scalars[3:5] = 1 - betas**steps
-            optimizer_step_(
+            optimizer_step.optimizer_step_(
                 *(values, grads, m, v, *scales, average, compensation, groups, hyper, scalars),
                 *(*BETAS, EPS, storage.rounding, seed),
             )
@@ -88,5 +84,14 @@ def arena_update(weights: list[nn.Parameter], storage: Storage, backend: str | N
     return update
 
 
-def _forced(backend: Any) -> AbstractContextManager[None]:
-    return nullcontext() if backend is None else dispatch.forced(backend)
+@contextmanager
+def _forced(backend: str | None) -> Iterator[None]:
+    """In CUDA C++ is the step alone; the norm is Triton's with both."""
+    if backend is None:
+        yield
+        return
+    with (
+        dispatch.forced("torch" if backend == "torch" else "triton"),
+        patch.object(optimizer_step, "is_default", lambda device: backend == "cuda"),
+    ):
+        yield

@@ -189,6 +189,8 @@ def _attention_flops(sizes: Sizes) -> int:
 
 _ODD = ((1, 77, 77, 3, 64), (2, 130, 51, 2, 128), (1, 64, 192, 1, 40))
 _QKV = ("q", "k", "v")
+_HALF = ("bf16", "fp16")
+"""What the dispatcher gives our flash kernel."""
 _attention = partial(
     Operation,
     make=_attention_inputs,
@@ -273,12 +275,19 @@ ATTENTION_OPERATIONS: tuple[Operation, ...] = (
         variants={f"{OURS} flash": _own_flash},
         odd=_ODD,
     ),
-    _attention(name="flash attention", ours=_own_flash, odd=_ODD, needs_triton=True),
+    _attention(
+        name="flash attention",
+        ours=_own_flash,
+        odd=_ODD,
+        dtypes=_HALF,
+        needs_triton=True,
+    ),
     _attention(
         name="masked flash attention",
         make=_masked_inputs,
         ours=_own_flash,
         odd=_ODD,
+        dtypes=_HALF,
         needs_triton=True,
     ),
 )

@@ -37,9 +37,11 @@ def asked(args: argparse.Namespace, facts: harness.Row, said: Said) -> dict[str,
 
 def own_kernels() -> set[str]:
     """Operations that training steps have kernels of ours for, and that can be checked anywhere."""
+    from benchmarks.gpu import optimizer_step
     from benchmarks.gpu.operations import OPERATIONS
 
-    return {o.name for o in OPERATIONS if o.has_kernel and not o.needs_triton}
+    names = {o.name for o in OPERATIONS if o.has_kernel and not o.needs_triton}
+    return {*names, optimizer_step.NAME}
 
 
 def steps_of(facts: harness.Row, said: Said) -> list[str]:

@@ -29,6 +29,7 @@ from benchmarks.gpu.card import device_for
 from benchmarks.gpu.libraries import Inputs, outputs_of
 from benchmarks.gpu.operation import Draw, Operation, Sizes
 from benchmarks.gpu.operations import OPERATIONS
+from fasttune_kernels.cuda_source import CudaSourceError, nvrtc_version
 from fasttune_kernels.dispatch import forced, runs_triton
 from fasttune_kernels.jit import triton
 
@@ -48,6 +49,10 @@ class Error:
         return max(self.norm, self.largest)
 
 
+def _everywhere(device: torch.device) -> bool:
+    return True
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Check:
     """One comparison. `run` gives the errors; an operation may have many checks."""
@@ -57,14 +62,15 @@ class Check:
     run: Callable[[torch.device], list[Error]]
     own_kernel: bool = False
     """Whether it checks a kernel of ours, or what the models write in PyTorch."""
-    needs_triton: bool = False
+    can_run: Callable[[torch.device], bool] = _everywhere
+    """Whether what it checks is there on a device."""
 
 
 def checks(*, interpreted: bool = False) -> Iterator[Check]:
     """All of them, in the order of the operations; `interpreted` ones only where Triton interprets."""
     for operation in OPERATIONS:
         for i, sizes in enumerate(operation.odd):
-            for short in DTYPES:
+            for short in operation.dtypes:
                 yield _check(operation, sizes, short)
             yield _check(operation, sizes, "bf16", _GAPS[i % len(_GAPS)])
         if interpreted:
@@ -73,7 +79,7 @@ def checks(*, interpreted: bool = False) -> Iterator[Check]:
                 first,
                 case=f"{first.case}, interpreted",
                 run=partial(_interpreted, first),
-                needs_triton=False,
+                can_run=_everywhere,
             )
     for label, shapes in optimizer_step.ODD.items():
         for name, three_steps in optimizer_step.CHECKED.items():
@@ -82,7 +88,22 @@ def checks(*, interpreted: bool = False) -> Iterator[Check]:
                 case=f"{optimizer_step.NAME} {label}, {name}",
                 own_kernel=True,
                 run=partial(_optimizer_errors, shapes=shapes, three_steps=three_steps),
+                can_run=_has_nvrtc if name in optimizer_step.IN_CUDA else _everywhere,
             )
+
+
+def _has_triton(device: torch.device) -> bool:
+    return runs_triton(torch.empty(0, device=device))
+
+
+def _has_nvrtc(device: torch.device) -> bool:
+    if device.type != "cuda" or torch.version.hip is not None:
+        return False
+    try:
+        nvrtc_version()
+    except CudaSourceError:  # what the kernels' contender of that name is absent for, too
+        return False
+    return True
 
 
 def interprets() -> bool:
@@ -101,7 +122,7 @@ def _check(operation: Operation, sizes: Sizes, short: str, layout: str | None = 
         operation=operation.name,
         case=f"{operation.name} {shape} {short}{'' if layout is None else f', {layout}'}",
         own_kernel=operation.has_kernel,
-        needs_triton=operation.needs_triton,
+        can_run=_has_triton if operation.needs_triton else _everywhere,
         run=lambda device: errors_of(operation, sizes, DTYPES[short], device=device, layout=layout),
     )
 
@@ -244,17 +265,16 @@ def main() -> int:
         print("\n".join(dict.fromkeys(check.operation for check in checks())))
         return 0
     device = device_for(smoke=args.smoke)
-    has_triton = runs_triton(torch.empty(0, device=device))
     by_operation: dict[str, list[Check]] = {}
     for check in checks(interpreted=args.smoke and interprets()):
         of_it = by_operation.setdefault(check.operation, [])
-        if has_triton or not check.needs_triton:
+        if check.can_run(device):
             of_it.append(check)
     failed = False
     for name in args.items or by_operation:
         print(f"begin: {name}", flush=True)
         if not by_operation[name]:
-            print(f"absent: {name}: it runs in Triton alone, which there is none of", flush=True)
+            print(f"absent: {name}: it runs in Triton alone, and there is none here", flush=True)
         for check in by_operation[name]:
             failed |= not _is_right(check, device)
         print(f"end: {name}", flush=True)

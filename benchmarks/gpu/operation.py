@@ -97,6 +97,8 @@ class Operation:
     """Inputs that get a gradient; none of an operation that has no backward."""
     checked: tuple[str, ...] = ()
     """Further inputs that can get a gradient: checked, and not timed."""
+    dtypes: tuple[str, ...] = ("bf16", "fp16", "fp32")
+    """In which it is checked."""
     contiguous: tuple[str, ...] = ()
     """Inputs that are so whoever made them: checked in no other layout."""
     has_kernel: bool = True

@@ -23,11 +23,12 @@ from benchmarks.gpu.libraries import CLOSE
 from benchmarks.gpu.names import EAGER, OURS
 from benchmarks.harness import ROOT
 from fasttune.adapters.lora import apply_lora
+from fasttune.config import Config
+from fasttune.config_file import config_from_tables
+from fasttune.device import Placement
 from fasttune.models import MODELS
 from fasttune.models.weights import build_on_meta
-from fasttune.optim import build_optimizer
-from fasttune.optim.clip import clip_by_global_norm_
-from fasttune.optim.ema import Ema
+from fasttune.trained import Trained
 
 NAME = "clip, adamw, ema"
 TARGET_MS = 10.0
@@ -85,24 +86,37 @@ def plain(weights: list[nn.Parameter], **options: Any) -> Update:
 
 
 def ours(weights: list[nn.Parameter]) -> Update:
-    """What `Trained.update` does, at the average's final decay."""
-    optimizer = build_optimizer(
-        "adamw",
-        [(str(i), w) for i, w in enumerate(weights)],
-        lr=LR,
-        betas=BETAS,
-        eps=EPS,
-        weight_decay=DECAY,
+    """The trainer's own update, at the average's final decay."""
+    device = weights[0].device
+    placement = Placement(
+        device=device, base_dtype=weights[0].dtype, compute_dtype=torch.bfloat16, reason="given"
     )
-    ema = Ema([(str(i), w) for i, w in enumerate(weights)], decay=EMA)
+    trained = Trained(_config(device), nn.ParameterList(weights), placement, resuming=True)
+    groups, _ = trained.state()
+    average = list(groups["ema"].values())
 
     def update() -> list[Tensor]:
-        clip_by_global_norm_(weights, MAX_NORM)
-        optimizer.step()
-        ema.update(10**6)  # far beyond the steps in which the decay grows
-        return ema.shadow
+        grads = [w.grad for w in weights]
+        trained.update(10**6)  # far beyond the steps in which the decay grows
+        for w, grad in zip(weights, grads, strict=True):
+            w.grad = grad  # which it takes away
+        return average
 
     return update
+
+
+def _config(device: torch.device) -> Config:
+    tables: dict[str, Any] = {
+        "run": {"device": device.type},
+        "model": {"family": "sdxl", "path": "none"},
+        "data": [{"path": "none"}],
+        "train": {"max_grad_norm": MAX_NORM},
+        "optimizer": {
+            "name": "adamw", "lr": LR, "betas": list(BETAS), "eps": EPS, "weight_decay": DECAY
+        },
+        "ema": {"enabled": True, "decay": EMA},
+    }  # fmt: skip
+    return config_from_tables(tables, check_files=False)
 
 
 def _with_torch_around(optimizer: Optimizer, weights: list[nn.Parameter]) -> Update:
@@ -160,7 +174,7 @@ CONTENDERS: Mapping[str, Mapping[str, Make]] = {
         "bitsandbytes 8-bit": _bitsandbytes,
     },
 }
-"""By the storage of weights and state. "ours" is what the trainer calls; the arena step stands beside it
+"""By the storage of weights and state. "ours" is what the trainer does; the arena step stands beside it
 in Triton and in CUDA C++, so that the faster one can be made the default. In bf16 the others round to
 the nearest, and eager keeps its state in bf16. torch.compile is not among them: it would make one graph of
 thousands of tensors."""
@@ -228,14 +242,19 @@ def _checked(storage: str, make: Make, like: Make) -> ThreeSteps:
     return partial(three_steps, make=make, like=like, dtype=dtype)
 
 
+def _in_torch(weights: list[nn.Parameter]) -> Update:
+    """PyTorch's form of the same step, which draws the same bits: what 8 bits cost is in it."""
+    return arena_update(weights, STORAGES["bf16 8-bit"], "torch")
+
+
+IN_CUDA = {
+    "arena fp32 in CUDA C++": _checked("fp32", _arena("fp32", "cuda"), plain),
+    "arena bf16 8-bit in CUDA C++": _checked("bf16 8-bit", _arena("bf16 8-bit", "cuda"), _in_torch),
+}
 CHECKED: Mapping[str, ThreeSteps] = {
     "trainer": _checked("fp32", lambda weights: ours(weights), plain),
     "arena fp32": _checked("fp32", _arena("fp32", None), plain),
-    # 8 bits are as far from float64 as PyTorch's form of the same step, which draws the same bits
-    "arena bf16 8-bit": _checked(
-        "bf16 8-bit",
-        _arena("bf16 8-bit", None),
-        lambda weights: arena_update(weights, STORAGES["bf16 8-bit"], "torch"),
-    ),
+    "arena bf16 8-bit": _checked("bf16 8-bit", _arena("bf16 8-bit", None), _in_torch),
+    **IN_CUDA,
 }
-"""What is compared with float64: the trainer's step, and the arena's as it is dispatched."""
+"""What is compared with float64: the trainer's step, the arena's as it is dispatched, and in CUDA C++."""

@@ -169,7 +169,7 @@ def _run_part(suite: Run, part: str, share: float, planner: Planner, temporary: 
         left = _items_of(suite, part, ready, share, on_crash=("--no-libraries",))
         suite.left[part] = [name for name in names if name in left or name not in ready]
         return
-    if wrong := suite.wrong():
+    if wrong := sorted(own_kernels().intersection(suite.wrong())):
         if suite.left[part]:
             suite.said.notes.append(f"{part} were not run: {', '.join(wrong)} failed its check")
         suite.left[part] = []
