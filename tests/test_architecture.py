@@ -44,6 +44,7 @@ ALLOWED = {
     "fasttune/models": {
         "fasttune.models",
         "fasttune.memory.activations",
+        "fasttune.memory.offload",
         "fasttune.errors",
         "fasttune_kernels",
     },
