@@ -12,8 +12,8 @@ _SHOWN_CONTENDERS = (EAGER, COMPILED, OURS)
 
 def summary(rows: Sequence[Row], said: Said, left: Mapping[str, Sequence[str]]) -> str:
     """Everything that is shown at the end."""
-    blocks = [_ceilings(rows), _kernels(rows), _losing(rows), _steps(rows), _sweeps(rows)]
-    blocks += [_targets(rows), _checks(rows)]
+    blocks = [_ceilings(rows), _kernels(rows), _losing(rows), _ways(rows)]
+    blocks += [_steps(rows), _sweeps(rows), _targets(rows), _checks(rows)]
     blocks += [_lines("note", said.notes), _lines("absent", said.absent)]
     blocks += [
         f"not run: budget: {part}: {len(names)}: {'; '.join(names)}"
@@ -80,6 +80,18 @@ def _losing(rows: Sequence[Row]) -> str:
         return ""
     head = ("kernels that lose", "ours us", "compile us", "times", "kept MiB", "compile keeps")
     return table([(*head, "eager keeps", "saved MiB"), *lines])
+
+
+def _ways(rows: Sequence[Row]) -> str:
+    """Where we have several ways of one operation, the fastest first: the default is "ours"."""
+    lines: list[tuple[str, ...]] = [("ways of ours, us", "fastest first")]
+    for case, found in _by_case(rows).items():
+        ways = [name for name in found if name.startswith(OURS)]
+        if len(ways) > 1:
+            ways.sort(key=lambda name: found[name]["us"])
+            shown = (f"{name} {found[name]['us']:.1f}" for name in ways)
+            lines.append((case, ", ".join(shown)))
+    return table(lines) if len(lines) > 1 else ""
 
 
 def _targets(rows: Sequence[Row]) -> str:

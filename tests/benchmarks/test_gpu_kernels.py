@@ -258,3 +258,10 @@ def test_kernels_that_lose_are_shown_with_what_they_save() -> None:
     assert table[2].split() == ["slow", "150.0", "100.0", "1.50", "12.00", "20.00", "30.00", "8.00"]
     assert "fast" not in "".join(table[2:])
     assert "kernels that lose" not in summary(rows[3:], Said(), {})
+    assert "ways of ours" not in text
+
+
+def test_ways_of_ours_are_shown_by_time() -> None:
+    rows = [_kernel_row("a", name, us) for name, us in (("ours", 3.0), ("ours x", 2.0), ("z", 1.0))]
+    text = summary(rows, Said(), {})
+    assert "ours x 2.0, ours 3.0" in text[text.index("ways of ours") :]

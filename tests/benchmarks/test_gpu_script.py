@@ -66,7 +66,7 @@ def _is_module(pid: int, module: str) -> bool:
 def test_the_whole_suite_in_miniature(tmp_path: Path) -> None:
     results = {path: path.stat().st_mtime for path in harness.RESULTS.iterdir()}
     done = subprocess.run(
-        ["sh", str(SCRIPT), "--smoke"],
+        ["sh", str(SCRIPT), "--smoke", "--minutes", "30"],
         env={**harness.environment(), "PYTHON": sys.executable, "OUT": str(tmp_path)},
         capture_output=True,
         text=True,
@@ -78,11 +78,22 @@ def test_the_whole_suite_in_miniature(tmp_path: Path) -> None:
     (file,) = tmp_path.glob("*.jsonl")
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     measured = {row["measurement"] for row in rows}
-    assert measured == {"correctness", "ceiling", "kernel", "training step", "contender step"}
+    assert measured == {
+        "correctness",
+        "ceiling",
+        "kernel",
+        "training step",
+        "bucket sweep",
+        "contender step",
+        "target",
+    }
+    assert any(row["case"].endswith(", interpreted") for row in rows)
+    (sweep,) = (row for row in rows if row["measurement"] == "bucket sweep")
+    assert sweep["buckets"] == 3 and sweep["graphs"] > 0 and sweep["recompiles"] == 0
     assert len({(row["measurement"], row["case"]) for row in rows}) == len(rows)
     for row in rows:
         assert {"time", "commit", "torch", "triton", "driver", "gpu"} <= set(row)
-    compiled = next(r for r in rows if r["case"] == "flux lora bf16 recompute b1 1024 compile")
+    compiled = next(r for r in rows if r["case"] == "flux lora bf16 save b1 1024 compile")
     assert compiled["first_step_cold_s"] > 0 and compiled["graphs"] > 0
     assert compiled["recompiles"] == 0 and compiled["tflop"] > 0
     assert {path: path.stat().st_mtime for path in harness.RESULTS.iterdir()} == results
