@@ -56,6 +56,11 @@ _PRODUCTS: dict[str, Kind] = {
 """Operations of ours that are a product above all, whoever's kernel computes it."""
 
 
+def is_own(func: OpOverload) -> bool:
+    """Whether the operation is of fasttune's own."""
+    return func.namespace in KERNELS
+
+
 def kind_of(func: OpOverload) -> Kind:
     """The kind of an operation, as a dispatch mode or a graph of aten operations shows it.
 
@@ -64,7 +69,7 @@ def kind_of(func: OpOverload) -> Kind:
     views, allocations and questions about metadata. pointwise: all others, reductions and norms included.
     """
     name = func._schema.name.partition("::")[2]
-    if func.namespace in KERNELS:
+    if is_own(func):
         return _PRODUCTS.get(name, "custom")
     if name in _GEMM:
         return "gemm"

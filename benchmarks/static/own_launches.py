@@ -33,7 +33,9 @@ BACKENDS = frozenset({"short", "flash", "efficient", "own_flash"})
 
 def launches_of(op: OpOverload, args: Any, kwargs: Any) -> Counter[str]:
     """By kind: "custom" are Triton kernels, all others operations of torch inside of ours. Of tensors only
-    shapes, strides and dtypes are looked at."""
+    shapes, strides and dtypes are looked at. An operation without a body of Python is one launch."""
+    if op.name() not in OPDEFS:
+        return Counter([kind_of(op)])
     leaves, structure = tree_flatten((args, kwargs))
     described = tuple(Like.of(x) if isinstance(x, Tensor) else x for x in leaves)
     return Counter(_launches(op.name(), described, structure))

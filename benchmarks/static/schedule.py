@@ -7,9 +7,12 @@ any size will do as long as nobody touches their memory.
 What a GPU may do otherwise: reductions over different dimensions of one tensor are fused with each other
 there, loops are reordered to fuse more, matrix products may be padded; the operation of its attention may
 ask for other strides, which is a copy more or less; and a bias gradient of a convolution is summed
-apart. Counts therefore compare two versions of a block and are not those of a profiler.
+apart. Concatenations are fused with what reads them, which a GPU's compilation does of up to eight
+tensors if that saves a copy. Counts therefore compare two versions of a block and are not those of a
+profiler.
 """
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -30,12 +33,14 @@ from torch._inductor.scheduler import (
     SchedulerNode,
 )
 from torch._ops import OpOverload
+from torch.utils._pytree import tree_map
 
-from benchmarks.static.kinds import Kind, kind_of
+from benchmarks.static.kinds import Kind, is_own, kind_of
+from benchmarks.static.own_launches import PROCESSORS, launches_of
 from benchmarks.static.stand_in import Like
 
 CARD: dict[str, Any] = {
-    "multi_processor_count": 128,
+    "multi_processor_count": PROCESSORS,
     "max_threads_per_multi_processor": 1536,
     "regs_per_multiprocessor": 65536,
     "warp_size": 32,
@@ -60,13 +65,20 @@ class Scheduled:
     """By kind."""
     bytes: int = 0
     """Read and written by all kernels, each buffer once a kernel."""
+    copies: Counter[str] = field(default_factory=Counter)
+    """The kernels of kind "copy": shape and dtype written, operations, the function they are in."""
 
     def __add__(self, other: "Scheduled") -> "Scheduled":
-        return Scheduled(self.launches + other.launches, self.bytes + other.bytes)
+        return Scheduled(
+            self.launches + other.launches, self.bytes + other.bytes, self.copies + other.copies
+        )
 
     def times(self, count: int) -> "Scheduled":
-        launches = Counter({kind: n * count for kind, n in self.launches.items()})
-        return Scheduled(launches, self.bytes * count)
+        launches, copies = (
+            Counter({key: n * count for key, n in counts.items()})
+            for counts in (self.launches, self.copies)
+        )
+        return Scheduled(launches, self.bytes * count, copies)
 
 
 @dataclass(slots=True)
@@ -97,10 +109,16 @@ def scheduled(graph: fx.GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Sc
     result: list[Scheduled] = []
 
     def stop(nodes: list[BaseSchedulerNode]) -> list[BaseSchedulerNode]:
-        kinds = (kind_of_node(node) for node in nodes)
+        launches: Counter[str] = Counter()
+        copies: Counter[str] = Counter()
+        for node in nodes:
+            found = launches_of_node(node)
+            launches += found
+            if found["copy"]:
+                copies[_said(node)] += found["copy"]
         launched = [node for node in nodes if not isinstance(node, NopKernelSchedulerNode)]
         size = sum(int(node.get_read_write_buffers_sizes()) for node in launched)
-        result.append(Scheduled(Counter(kind for kind in kinds if kind is not None), size))
+        result.append(Scheduled(launches, size, copies))
         raise _Scheduled
 
     try:
@@ -122,9 +140,63 @@ def _as_on_a_gpu() -> Iterator[None]:
         # channels last or not is decided for convolutions as on a GPU, not by what oneDNN prefers
         mock.patch.object(torch.backends.mkldnn, "is_available", lambda: False),
         mock.patch.object(DeviceProperties, "create", card),
-        inductor_config.patch(cpu_backend="triton", layout_optimization=True, fx_graph_cache=False),
+        inductor_config.patch(
+            cpu_backend="triton",
+            layout_optimization=True,
+            fx_graph_cache=False,
+            force_pointwise_cat=True,  # a processor copies the parts one by one
+        ),
     ):
         yield
+
+
+def launches_of_node(node: BaseSchedulerNode) -> Counter[str]:
+    """By kind. An operation of ours launches what its code does."""
+    kind = kind_of_node(node)
+    if kind is None:
+        return Counter()
+    op = getattr(node.node, "op_overload", None)
+    if not isinstance(op, OpOverload) or not is_own(op):
+        return Counter([kind])
+    args, kwargs = node.node.unflatten_args(node.node.inputs, node.node.constant_args)
+    return launches_of(op, *tree_map(_without_memory, (args, {**node.node.kwargs, **kwargs})))
+
+
+def _without_memory(x: Any) -> Any:
+    if not isinstance(x, ir.IRNode):
+        return x
+    size, stride = ([int(n) for n in found] for found in (x.get_size(), x.get_stride()))
+    return torch.empty_strided(size, stride, dtype=x.get_dtype(), device="meta")
+
+
+def _said(node: BaseSchedulerNode) -> str:
+    """Such as "48x3072 bfloat16, cat, convert_element_type in _adapters"."""
+    op = getattr(node.node, "op_overload", None)
+    if isinstance(op, OpOverload) and is_own(op):
+        return f"inside of {op.name()}"
+    buffers = [part.node for part in node.get_nodes() if part.node is not None]
+    if any(isinstance(buffer.layout, ir.MultiOutputLayout) for buffer in buffers):
+        return f"results of {op}"
+    largest = max(buffers, key=lambda buffer: math.prod(int(n) for n in buffer.get_size()))
+    origins = [x for x in largest.get_origins() if _computes(x)]
+    names = dict.fromkeys(x.target._schema.name.partition("::")[2] for x in origins)
+    dims = "x".join(str(n) for n in largest.get_size())
+    dtype = str(largest.get_dtype()).removeprefix("torch.")
+    places = dict.fromkeys(filter(None, map(_place, origins)))
+    return f"{dims} {dtype}, {', '.join(names)} in {', '.join(places)}"
+
+
+def _place(node: fx.Node) -> str:
+    """The innermost function that the node was traced in."""
+    frames = [line for line in (node.stack_trace or "").splitlines() if line.startswith("  File")]
+    return frames[-1].rpartition(" in ")[2] if frames else ""
+
+
+def _computes(node: fx.Node) -> bool:
+    """Whether the node is an operation that a kernel of torch's can be for."""
+    return isinstance(node.target, OpOverload) and not (
+        kind_of(node.target) == "view" or is_own(node.target)
+    )
 
 
 def kind_of_node(node: BaseSchedulerNode) -> Kind | None:
