@@ -390,7 +390,7 @@ def test_no_step_waits_for_the_device(run, monkeypatch):
             return func(*args, **(kwargs or {}))
 
     counts = []
-    for steps in (2, 7):
+    for steps in (1, 2, 7):  # the first fills the cache
         with Reads() as reads:
             run(
                 train__steps=steps,
@@ -402,7 +402,7 @@ def test_no_step_waits_for_the_device(run, monkeypatch):
                 objective__min_snr_gamma=5.0,
             )
         counts.append(reads.count)
-    assert counts[0] == counts[1]
+    assert counts[1] == counts[2]
 
 
 def test_resuming_can_train_longer_and_a_finished_run_is_left_as_it_is(run, tmp_path):

@@ -158,7 +158,7 @@ def _dequantize_rows(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tenso
         )  # fmt: skip
         return x
     step = max(1, _CHUNK // rows.shape[1])
-    flat, flat_scales = x.view(rows.shape), scales.view(-1, 1)
+    flat, flat_scales = x.view(rows.shape), scales.reshape(-1, 1)
     for first in range(0, len(rows), step):
         flat[first : first + step] = rows[first : first + step] * flat_scales[first : first + step]
     return x
