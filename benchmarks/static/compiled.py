@@ -1,7 +1,5 @@
-"""The compiled network that the gates look at: each block compiled alone, graphs shared by equal blocks.
-
-The trainer does not compile yet; when it does, its own function takes this one's place here.
-"""
+"""The compiled network that fused blocks are compared with: each plain block compiled as a whole, with
+torch's partition of what it keeps, and graphs shared by equal blocks."""
 
 import types
 from collections.abc import Callable
@@ -33,8 +31,8 @@ def block_kinds(denoiser: nn.Module) -> dict[str, list[Block]]:
 def compile_blocks(
     denoiser: nn.Module, *, backend: Backend = "inductor", fullgraph: bool = True
 ) -> dict[str, list[Block]]:
-    """Compiles the forward of every block for the shapes that it will see, and returns the kinds of
-    blocks. `fullgraph=False` lets a graph break pass, so that it can be counted.
+    """Compiles the forward of every block's class for the shapes that it will see, and returns the
+    kinds of blocks. `fullgraph=False` lets a graph break pass, so that it can be counted.
 
     torch keeps graphs by code object and tries their guards one after the other. Each kind therefore
     gets a copy of its class's code: its blocks share graphs, and try only those of their own kind.

@@ -1,18 +1,18 @@
 """Gate graphs: what compiling the blocks costs over all aspect buckets, and that it changes no loss.
 
 Each model is taken at the structure of its released config.json with small widths and at the sizes of
-all its buckets, so token counts are the real ones. Graphs are made by torch.compile and counted; in
-their place runs nothing, as graphs and guards depend on shapes alone. Losses are compared on small
-images, where everything runs, by the graphs of forward and backward without code generation: what a
+all its buckets, so token counts are the real ones. Blocks are fused and compiled by the trainer's own
+`Compiler`: a graph for each kind of block, direction and shape. Graphs are made by torch.compile and
+counted; in their place runs nothing, as graphs and guards depend on shapes alone. Losses are compared on
+small images, where everything runs, by graphs of forward and backward without code generation: what a
 processor's C++ would add says nothing of a GPU's kernels, and takes a minute to compile.
 
-A block that breaks its graph, or meets more shapes than torch keeps graphs for, goes on in eager mode
-without an error: `graph_breaks` and `eager_calls` show it. None of that is wanted, and a row that has any
-is a problem even where it is expected.
+A block that does not compile as one graph, is compiled again after every shape was met once, or goes on
+in eager mode is not wanted: a row that has any of it is a problem even where it is expected.
 """
 
 import tempfile
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -23,14 +23,17 @@ import torch
 from torch import Tensor, fx
 
 from benchmarks.harness import Row
-from benchmarks.static.compiled import Backend, compile_blocks
 from benchmarks.static.models import config_named, model_folder
 from benchmarks.static.shrunk import write_shrunk
-from benchmarks.static.stand_in import Like, stand_in
+from benchmarks.static.stand_in import Like
 from fasttune.config import Config
 from fasttune.device import Placement
+from fasttune.memory.activations import policy_of
 from fasttune.models import MODELS
-from fasttune.models.layers import Block, set_recompute
+from fasttune.models.compiled import Backend, Compiler
+from fasttune.models.formulas import FORMULAS
+from fasttune.models.fused import fuse
+from fasttune.models.layers import set_recompute
 from fasttune.rehearsal import bucket_sizes, random_batch, rehearse
 
 VERSIONS = ("torch", "python")
@@ -43,9 +46,9 @@ TOLERANCE = 1e-4
 7 digits, and a compiled sum adds up in another order."""
 UNWANTED = (
     "graph_breaks",
-    "eager_calls",
     "buckets_recompiled",
     "buckets_recompiled_under_recompute",
+    "eager_calls",
 )
 """Counts that are 0 where blocks compile."""
 LOSS_STEPS = 4
@@ -97,57 +100,58 @@ def shrunk_case(name: str, *, repeats: int) -> Iterator[Case]:
 
 @dataclass(slots=True)
 class Watch:
-    """Counts graphs as they are made and as they run, by the kind of block that runs."""
+    """Counts graphs as they are made and as they run, by the kind of block and the direction."""
 
     graphs: Counter[str] = field(default_factory=Counter)
-    calls: int = 0
-    """Of blocks, forward and recomputed."""
+    shapes: dict[str, set[torch.Size]] = field(default_factory=lambda: defaultdict(set))
+    """Of the first tensor."""
     eager_calls: int = 0
     """Calls that did not run in exactly one graph."""
-    _kind: str = ""
+    _name: str = ""
     _runs: int = 0
+    _compiler: Compiler = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._compiler = Compiler(backend=self.backend)
 
     def backend(self, graph: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         """For torch.compile: counts the graph, and leaves its computation out."""
-        self.graphs[self._kind] += 1
+        self.graphs[self._name] += 1
         (output,) = (node for node in graph.graph.nodes if node.op == "output")
         outputs = [Like.of(node.meta["example_value"]) for node in output.args[0]]
 
-        def run(*inputs: Any) -> tuple[Tensor, ...]:
+        def run(*inputs: Any) -> list[Tensor]:
             self._runs += 1
-            return stand_in(outputs, inputs)
+            return [like.empty() for like in outputs]
 
         return run
 
-    def follow(self, kind: str, block: Block) -> None:
-        """Has the block's calls counted; compile it first."""
-        inner = block.forward
+    def compile(self, function: Callable[..., Any], name: str) -> Callable[..., Any]:
+        """As the trainer's compiler."""
+        compiled = self._compiler(function, name)
 
-        def forward(*args: Any) -> Any:
-            self.calls += 1
-            self._kind, before = kind, self._runs
-            try:
-                return inner(*args)
-            finally:  # recomputation stops by an exception when it has what it needs
-                self.eager_calls += self._runs != before + 1
+        def run(*tensors: Tensor) -> Any:
+            self._name, before = name, self._runs
+            self.shapes[name].add(tensors[0].shape)
+            found = compiled(*tensors)
+            self.eager_calls += self._runs != before + 1
+            return found
 
-        block.forward = forward
+        return run
 
 
 def graphs_row(case: Case, sizes: Sequence[Size]) -> Row:
     """Graphs of all kinds of blocks over buckets of these sizes, and in how many of the buckets
-    something is compiled again after each distinct shape was met once."""
+    something is compiled again after each distinct shape was met once. `graphs_beyond_one_a_shape` is
+    of those that another stride, or another set of wanted gradients, asks for."""
     torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
     config, folder = case.config, case.folder
     rehearsal = rehearse(config, folder, placement=CPU, size=sizes[0])
     spec = MODELS[config.model.family]
     batches = {size: random_batch(config, spec, folder, CPU, size) for size in sizes}
     watch = Watch()
-    kinds = compile_blocks(rehearsal.denoiser, backend=watch.backend, fullgraph=False)
-    for kind, blocks in kinds.items():
-        for block in blocks:
-            watch.follow(kind, block)
+    policy = policy_of(config.memory.activations)
+    kinds = fuse(rehearsal.denoiser, FORMULAS, policy=policy, compile=watch.compile)
 
     def run(size: Size) -> None:
         rehearsal.batch = batches[size]
@@ -156,26 +160,33 @@ def graphs_row(case: Case, sizes: Sequence[Size]) -> Row:
     by_tokens = {width * height: (width, height) for width, height in sizes}
     set_recompute(rehearsal.denoiser, False)
     warmed = by_tokens.values() if config.model.family in SEQUENCES else sizes
-    for size in warmed:
-        run(size)
-    again = {}
-    with torch.compiler.set_stance("fail_on_recompile"):
-        for recompute in (False, True):
-            set_recompute(rehearsal.denoiser, recompute)
-            again[recompute] = sum(_recompiles(run, size) for size in sizes)
-    by_class: Counter[str] = Counter()
-    for kind, count in watch.graphs.items():
-        by_class[f"graphs_of_{kind.split()[0]}"] += count
     row: Row = {
         "case": f"{case.name}, blocks",
         "buckets": len(sizes),
         "token_counts": len(by_tokens),
         "shapes_warmed": len(warmed),
         "block_kinds": len(kinds),
+    }
+    try:
+        for size in warmed:
+            run(size)
+    except torch._dynamo.exc.TorchDynamoException as error:
+        reason = str(error).strip().splitlines()[0]
+        return {**row, "graph_breaks": 1, "problem": f"does not compile as one graph: {reason}"}
+    again = {}
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for recompute in (False, True):  # whole blocks, as checkpointing does
+            set_recompute(rehearsal.denoiser, recompute)
+            again[recompute] = sum(_recompiles(run, size) for size in sizes)
+    by_class: Counter[str] = Counter()
+    for name, count in watch.graphs.items():
+        by_class[f"graphs_of_{name.split()[0]}"] += count
+    row |= {
         "graphs": watch.graphs.total(),
         **by_class,
         "graphs_of_one_kind": max(watch.graphs.values(), default=0),
-        "graph_breaks": sum(torch._dynamo.utils.counters["graph_break"].values()),
+        "graphs_beyond_one_a_shape": watch.graphs.total() - sum(map(len, watch.shapes.values())),
+        "graph_breaks": 0,
         "buckets_recompiled": again[False],
         "buckets_recompiled_under_recompute": again[True],
         "eager_calls": watch.eager_calls,
@@ -218,7 +229,8 @@ def losses(case: Case, backend: Backend | None) -> list[float]:
     )
     rehearsal = rehearse(config, case.folder, placement=CPU, size=LOSS_SIZE)
     if backend is not None:
-        compile_blocks(rehearsal.denoiser, backend=backend)
+        policy = policy_of(config.memory.activations)
+        fuse(rehearsal.denoiser, FORMULAS, policy=policy, compile=Compiler(backend=backend))
     found: list[float] = []
     for step in range(LOSS_STEPS):
         rehearsal.trained.set_lr(step)
