@@ -65,6 +65,7 @@ class Adafactor(Optimizer):
         """lr u of N parameters of one shape, (N, *shape) float32; updates their state."""
         shape = params[0].shape
         g = torch.stack([p.grad.float() for p in params if p.grad is not None])
+        g = g.contiguous()  # of one channels_last gradient the stack is channels_last, too
         if found_inf is not None:
             g = torch.where(found_inf > 0, 0.0, g)
         # From here `g` is a copy of our own: it becomes the update in place, in few passes.

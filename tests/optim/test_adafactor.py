@@ -70,3 +70,28 @@ def test_state_of_a_matrix_is_its_sides(weights: Callable, set_gradients: Callab
     assert shapes["block.0.weight"] == {"step": (), "row": (96,), "column": (64,)}
     assert shapes["conv.weight"] == {"step": (), "row": (16,), "column": (72,)}
     assert shapes["norm.bias"] == {"step": (), "variance": (24,)}
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_channels_last_weights_train_as_contiguous_ones(count: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(count, 6, 4, 3, 3, generator=generator)
+    gradient = torch.randn(count, 6, 4, 3, 3, generator=generator)
+    found = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        params = [nn.Parameter(p.contiguous(memory_format=layout)) for p in start]
+        optimizer = build_optimizer(
+            "adafactor",
+            [(str(i), p) for i, p in enumerate(params)],
+            lr=1e-2,
+            betas=(0.9, 0.999),
+            eps=1e-30,
+            weight_decay=0.01,
+        )
+        for _ in range(3):
+            for p, g in zip(params, gradient, strict=True):
+                p.grad = g.contiguous(memory_format=layout)
+            optimizer.step()
+        found.append(torch.stack([p.detach() for p in params]))
+    # rows are summed in the order of memory: some units in the last place
+    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-7)
