@@ -254,7 +254,7 @@ def _steps(folder: Path) -> dict[int, Row]:
         )
         for name, instead in {
             "denoiser_for": lambda *_: Empty(),
-            "set_recompute": lambda *_: None,
+            "set_blocks": lambda *_: None,
             "export": lambda *_, **__: [],
             # A line of the log says 9.8 ms in other branches than 10 ms.
             "Metrics": functools.partial(loop.Metrics, clock=itertools.count().__next__),
