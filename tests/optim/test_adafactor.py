@@ -79,7 +79,7 @@ def test_channels_last_weights_train_as_contiguous_ones(count: int) -> None:
     gradient = torch.randn(count, 6, 4, 3, 3, generator=generator)
     found = []
     for layout in (torch.contiguous_format, torch.channels_last):
-        params = [nn.Parameter(p.contiguous(memory_format=layout)) for p in start]
+        params = [nn.Parameter(p.clone(memory_format=layout)) for p in start]
         optimizer = build_optimizer(
             "adafactor",
             [(str(i), p) for i, p in enumerate(params)],
@@ -90,7 +90,7 @@ def test_channels_last_weights_train_as_contiguous_ones(count: int) -> None:
         )
         for _ in range(3):
             for p, g in zip(params, gradient, strict=True):
-                p.grad = g.contiguous(memory_format=layout)
+                p.grad = g.clone(memory_format=layout)
             optimizer.step()
         found.append(torch.stack([p.detach() for p in params]))
     # rows are summed in the order of memory: some units in the last place
