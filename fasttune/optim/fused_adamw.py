@@ -194,7 +194,8 @@ class FusedAdamW(Optimizer):
         for has_grad, begin, end in _runs(part.params):
             # A run has the random bits of its place in itself.
             seed = self._seeds[index] + (begin << 32) if begin else self._seeds[index]
-            params, arenas = part.params[begin:end], part.arenas(begin, end)
+            params = part.params[begin:end]
+            arenas: dict[str, Any] = part.arenas(begin, end)
             if not with_ema:
                 arenas["ema"] = None
             if has_grad:
