@@ -13,6 +13,7 @@ from torch._library.custom_ops import OPDEFS
 from benchmarks.harness import ROOT
 from benchmarks.static import step
 from benchmarks.static.costs import FLOPS, Costs, CountCosts
+from benchmarks.static.graphs import shrunk_case
 from benchmarks.static.models import MODEL_FOLDERS, config_named
 from fasttune.models.formulas import FORMULAS
 from fasttune.models.fused import unfuse
@@ -192,3 +193,17 @@ def test_every_operation_of_ours_has_its_flops_or_none() -> None:
     }
     assert ours == NO_PRODUCTS | set(FLOPS)
     assert not NO_PRODUCTS & set(FLOPS)
+
+
+def test_activations_by_what_becomes_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    with shrunk_case("flux-lora-32gb", repeats=2) as case:
+        monkeypatch.setattr(
+            step, "shipped_configs", lambda: [(case.name, case.config, case.folder)]
+        )
+        plain, saved, int8, offloaded = step.activation_rows("flux")
+    assert plain["case"] == "flux-lora-32gb, activations saved, plain blocks"
+    assert saved["case"] == "flux-lora-32gb, activations saved"
+    sizes = [row["saved_gib"] for row in (plain, saved, int8, offloaded)]
+    assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) == 4
+    assert saved["saved_percent_of_plain"] == round(100 * sizes[1] / sizes[0])
+    assert {row["width"] for row in (plain, saved, int8, offloaded)} == {1024}

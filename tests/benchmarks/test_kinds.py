@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import fasttune_kernels.lora_linear  # noqa: F401  # with attention, operations that torch then knows
 from benchmarks.static.kinds import kind_of
 
 aten = torch.ops.aten
@@ -97,6 +98,8 @@ def test_own_operations_are_custom() -> None:
     library = torch.library.Library("fasttune", "FRAGMENT")
     library.define("same(Tensor x) -> Tensor")
     assert kind_of(torch.ops.fasttune.same.default) == "custom"
+    assert kind_of(torch.ops.fasttune.attention_backward.default) == "attention"
+    assert kind_of(torch.ops.fasttune.lora_linear_forward.default) == "gemm"
 
 
 def test_a_linear_is_one_gemm_and_a_permuted_copy_one_copy() -> None:
