@@ -189,7 +189,14 @@ def set_blocks(
     compiler, reason = compiler_for(config.train.compile, placement.device.type)
     log.info("%s", reason)
     offload = Offload(stands_for=device_type)
-    kinds = fuse(denoiser, FORMULAS, policy=policy, compile=compiler, offload=offload)
+    kinds = fuse(
+        denoiser,
+        FORMULAS,
+        policy=policy,
+        compile=compiler,
+        offload=offload,
+        dtype=placement.compute_dtype,
+    )
     plain = kinds.get("plain", [])
     if plain and policy.default in ("int8", "offload"):
         log.warning(

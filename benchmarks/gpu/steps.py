@@ -88,7 +88,8 @@ def rehearsed(case: StepCase, folder: Path, device: "torch.device", smoke: bool)
             compile_blocks(rehearsal.denoiser, backend=backend)
     elif case.compiled:
         policy = policy_of(config.memory.activations)
-        fuse(rehearsal.denoiser, FORMULAS, policy=policy, compile=Compiler(backend=backend))
+        compiler, dtype = Compiler(backend=backend), rehearsal.placement.compute_dtype
+        fuse(rehearsal.denoiser, FORMULAS, policy=policy, compile=compiler, dtype=dtype)
     return rehearsal
 
 

@@ -1,7 +1,8 @@
 """Gate: what every kernel that ships takes on every GPU it ships for, compiled without one.
 
 Registers, memory used in their place, shared memory, the matrix instruction and the number of
-instructions are compared with the expectation like all numbers. Some states fail even where they are
+instructions are compared with the expectation like all numbers. What did not change since they were
+recorded is not compiled again (lock.py). Some states fail even where they are
 expected: a spill, a lost matrix instruction, and more than the hardware has, which compilers do not
 refuse. Exceptions are in expected/codegen_allowed.toml, each with its reason.
 
@@ -16,14 +17,23 @@ import dataclasses
 import hashlib
 import importlib.util
 import sys
+import tempfile
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 
 from benchmarks.harness import ROOT, Row, emit, table
-from benchmarks.static import machine_code, nvrtc_offline, targets, triton_offline
+from benchmarks.static import (
+    expected,
+    lock,
+    machine_code,
+    nvrtc_offline,
+    targets,
+    triton_offline,
+)
 from benchmarks.static.compile_jobs import Job, results_of
 from benchmarks.static.targets import Resources
 from benchmarks.static.unlisted import entry_kernels
@@ -42,12 +52,24 @@ Exceptions = Mapping[tuple[str, str], str]
 
 def rows() -> Iterator[Row]:
     """One row a kernel and target, and one that counts them."""
+    return _all_rows(lock.read(), CACHE)
+
+
+def fresh_rows() -> Iterator[Row]:
+    """The same, all compiled."""
+    with tempfile.TemporaryDirectory() as folder:
+        yield from _all_rows({}, Path(folder))
+
+
+def _all_rows(locked: Mapping[str, str], cache: Path) -> Iterator[Row]:
     return inspect(
         launches(),
         op_files=sorted(OP_FILES.rglob("*.py")),
         cuda_files=CUDA_FILES,
         allowed=read_allowed(ALLOWED),
-        cache=CACHE,
+        cache=cache,
+        locked=locked,
+        recorded=expected.read().gates.get("codegen", {}),
     )
 
 
@@ -59,11 +81,13 @@ def inspect(
     allowed: Exceptions,
     cache: Path,
     workers: int = 2,
+    locked: Mapping[str, str] = MappingProxyType({}),
+    recorded: Mapping[str, Row] = MappingProxyType({}),
     tell: Callable[[int, int], None] = lambda compiled, kept: None,
 ) -> Iterator[Row]:
-    """Compiles what the folder `cache` does not have, and yields the rows. `op_files` and the
-    folder `cuda_files` are searched for kernels without a launch. `tell` gets how many were
-    compiled and how many results were kept from before."""
+    """Compiles what neither the folder `cache` has nor the digests `locked` vouch for in the rows
+    `recorded`, and yields the rows. `op_files` and the folder `cuda_files` are searched for kernels
+    without a launch. `tell` gets how many were compiled and how many results were kept."""
     sources = sorted(cuda_files.glob("*.cu"))
     missing = _missing_compilers(shipped)
     yield {
@@ -75,7 +99,8 @@ def inspect(
     }
     jobs, failures = _jobs([k for k in shipped if _compiler(k) not in missing], cuda_files)
     yield from ({"case": case, "problem": text} for case, text in failures.items())
-    results, compiled = results_of(jobs, cache, workers)
+    known = lock.known({job.case: job.identity for job in jobs}, locked, recorded)
+    results, compiled = results_of(jobs, cache, workers, known)
     tell(compiled, len(jobs) - compiled)
     unused = set(allowed)
     for job in jobs:
@@ -107,8 +132,10 @@ def _values(job: Job, result: Resources) -> Row:
         "shared_bytes": result.shared_bytes,
         "shared_limit": targets.target_of(job.target).shared_bytes,
         "tensor_memory": result.tensor_memory,
+        "threads": result.threads,
         "matrix": result.matrix,
         "instructions": result.instructions,
+        lock.KEY: lock.digest(job.identity, result),
     }
     if isinstance(job.launch, CudaLaunch):  # triton's version is that of the expectation
         row["compiler"] = f"nvrtc {nvrtc_offline.nvrtc_version()}"

@@ -4,11 +4,12 @@ import json
 import multiprocessing
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 from benchmarks.static.targets import Resources
 from fasttune_kernels.launch import CudaLaunch, Launch
@@ -30,11 +31,16 @@ Results = dict[str, Resources | str]
 """Case -> what the kernel takes, or why it does not compile."""
 
 
-def results_of(jobs: Sequence[Job], cache: Path, workers: int) -> tuple[Results, int]:
-    """The results, and how many of them were not in the folder `cache` and had to be compiled.
-    Failures are not kept: another try may have more memory."""
-    results: Results = {}
-    for job in jobs:
+def results_of(
+    jobs: Sequence[Job],
+    cache: Path,
+    workers: int,
+    known: Mapping[str, Resources] = MappingProxyType({}),
+) -> tuple[Results, int]:
+    """The results, and how many of them were neither `known` nor in the folder `cache` and had to be
+    compiled. Failures are not kept: another try may have more memory."""
+    results: Results = {job.case: known[job.case] for job in jobs if job.case in known}
+    for job in (job for job in jobs if job.case not in results):
         kept = _read(cache / f"{job.identity}.json")
         if kept is not None:
             results[job.case] = kept

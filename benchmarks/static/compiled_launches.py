@@ -134,7 +134,8 @@ def fused_blocks(config: Config, folder: Path) -> Launches:
     """Of a step whose fused blocks are compiled."""
     with rehearsed(config, folder, micro_batches=1) as rehearsal:
         left_out, policy = LeftOut(), policy_of(config.memory.activations)
-        kinds = fuse(rehearsal.denoiser, FORMULAS, policy=policy, compile=left_out)
+        dtype = rehearsal.placement.compute_dtype
+        kinds = fuse(rehearsal.denoiser, FORMULAS, policy=policy, compile=left_out, dtype=dtype)
         assert "plain" not in kinds
         rehearsal.micro_batch()
         calls = left_out.calls.copy()

@@ -14,13 +14,14 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import PackageNotFoundError, distributions, version
 from pathlib import Path
 
 from benchmarks.harness import ROOT, Row, collect, emit, table
 from benchmarks.static import expected as e
+from benchmarks.static import lock
 from fasttune.errors import FasttuneError
 
 GATES = {
@@ -35,6 +36,8 @@ GATES = {
 """Module -> the gates its rows belong to, the slowest first. A row of several names its own."""
 DONE = "done"
 """Marks the last row of a module, so that one without cases is not taken for a failure."""
+FRESH = "--fresh"
+"""To a child: keeps nothing from before, wherever it is kept."""
 REPLACEMENT = e.EXPECTED.with_name("static.new.json")
 CACHE = ROOT / ".cache" / "static"
 CONSTRAINTS = "benchmarks/expected/constraints.txt"
@@ -49,6 +52,8 @@ class Outcome:
     versions: tuple[str, ...]
     """What its numbers depend on."""
     seconds: float
+    digests: dict[str, str] = field(default_factory=dict)
+    """Of what its rows were made from, where they say so: lock.py."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -111,7 +116,8 @@ def _run_module(module: str, cache: Path | None) -> Outcome:
     if kept is not None and kept.is_file():
         found = json.loads(kept.read_text(encoding="utf-8"))
     else:
-        found = collect([sys.executable, "-m", "benchmarks.static.gates", module], threads=1)
+        command = [sys.executable, "-m", "benchmarks.static.gates", module]
+        found = collect([*command, *([FRESH] if cache is None else [])], threads=1)
         # Not what was found while somebody edited, nor a problem: it may be gone the next time.
         if (
             kept is not None
@@ -121,14 +127,18 @@ def _run_module(module: str, cache: Path | None) -> Outcome:
             _keep(kept, module, found)
     *rows, last = found
     gates: e.Gates = {}
+    digests: dict[str, str] = {}
     for row in rows:
         row.pop("measurement")
         cases = gates.setdefault(row.pop("gate", module), {})
         case = row.pop("case")
+        if lock.KEY in row:
+            digests[case] = row.pop(lock.KEY)
         if case in cases:
             raise RuntimeError(f"gate {module}: two rows {case!r}")
         cases[case] = row
-    return Outcome(module, gates, tuple(last["versions"]), time.perf_counter() - begin)
+    seconds = time.perf_counter() - begin
+    return Outcome(module, gates, tuple(last["versions"]), seconds, digests)
 
 
 SOURCES = ("fasttune", "kernels", "csrc", "configs", "pyproject.toml")
@@ -309,6 +319,9 @@ def write(
             "LOG.md"
         )
     e.EXPECTED.write_text(e.to_json(new), encoding="utf-8")
+    for outcome in outcomes:
+        if outcome.digests:
+            lock.write(outcome.digests)
     REPLACEMENT.unlink(missing_ok=True)
     if reasons:
         lines = "\n".join(e.log_line(d, f"{given}.") for d in reasons)
@@ -342,7 +355,8 @@ def summary(outcomes: Sequence[Outcome]) -> str:
 def main() -> None:
     """In the child: prints the rows of one module."""
     module = importlib.import_module(f"benchmarks.static.{sys.argv[1]}")
-    rows: Iterator[Row] = module.rows()
+    fresh = FRESH in sys.argv[2:] and hasattr(module, "fresh_rows")
+    rows: Iterator[Row] = module.fresh_rows() if fresh else module.rows()
     for row in rows:
         emit(sys.argv[1], **row)
     emit(DONE, versions=list(module.VERSIONS))

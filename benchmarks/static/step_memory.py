@@ -10,6 +10,7 @@ from torch import Tensor
 
 from benchmarks.static.gpu_operations import as_on_gpu
 from fasttune.memory.trace import MemoryTrace, tensors_in
+from fasttune.models.fused import adapter_copy
 from fasttune.rehearsal import Rehearsal
 
 
@@ -83,6 +84,8 @@ def label_rehearsal(trace: MemoryTrace, rehearsal: Rehearsal) -> None:
         kept = [value for name, value in vars(module).items() if name != "_parameters"]
         trace.label("weights", tensors_in(kept))
     trace.label("adapters", [p.data for name, p in named if is_adapter[name]])
+    copy = adapter_copy(rehearsal.denoiser)
+    trace.label("adapters", [] if copy is None else [copy.copy])
     if trained._ema is not None:
         trace.label("ema", trained._ema.shadow)
     trace.label("optimizer", _state(trained._optimizer))

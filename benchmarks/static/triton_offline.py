@@ -4,8 +4,11 @@ What is compiled is what the launch of the same arguments would compile: triton'
 of pointers and integers, its own options. Needs triton, but neither torch nor a driver.
 """
 
+import hashlib
 import json
 import tempfile
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 from benchmarks.static.machine_code import read_amdgcn, read_cubin
@@ -50,12 +53,25 @@ def identity(launch: Launch, target: Target) -> str:
             "signature": source.signature,
             "constants": sorted((index, repr(value)) for index, value in source.constants.items()),
             "attributes": sorted((index, value) for index, value in source.attrs.items()),
-            "options": make_backend(gpu).parse_options(dict(options)).hash(),
+            "options": _described(make_backend(gpu).parse_options(dict(options))),
             "target": target.name,
             "triton": triton.__version__,
             "environment": sorted(get_cache_invalidating_env_vars().items()),
         }
     )
+
+
+def _described(options: Any) -> str:
+    """triton's options, its own libraries by what is in them and not by where they are."""
+    values = dict(vars(options))
+    libraries = dict(values.pop("extern_libs", None) or ())
+    contents = {name: _digest(path) for name, path in libraries.items()}
+    return f"{sorted(values.items())} {sorted(contents.items())}"
+
+
+@cache
+def _digest(path: str) -> str:
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def kernel_of(launch: Launch) -> Any:

@@ -253,18 +253,18 @@ def double_backward(
     parts = {IMAGE: out[:, num_text_tokens:], TEXT: out[:, :num_text_tokens]}
 
     dstreams: dict[str, Tensor] = {}
-    douts: dict[str, Tensor] = {}
     dmodulations: dict[str, list[Tensor]] = {}
+    dout = out.new_empty(out.flatten(2).shape)
+    douts = {IMAGE: dout[:, num_text_tokens:], TEXT: dout[:, :num_text_tokens]}
     for s, dstream in zip((IMAGE, TEXT), gradients, strict=True):
-        dstreams[s], douts[s], dmodulations[s] = _leave_backward(
-            c, t, kept, s, parts[s].flatten(2), dstream, found
+        dstreams[s], dmodulations[s] = _leave_backward(
+            c, t, kept, s, parts[s].flatten(2), dstream, douts[s], found
         )
 
-    dout = torch.cat([douts.pop(TEXT), douts.pop(IMAGE)], dim=1)
     packed = joint() if packed is None else packed
     q, k, v = qk_norm_rope_forward(*packed)
     dq, dk, dv = attention_backward(dout.view_as(out), q, k, v, out, lse, mask)
-    del dout, out, parts, q, k, v
+    del dout, douts, out, parts, q, k, v
     wants_weights = "attn.norm_q.weight" in c.wanted
     dqkv, dtext_qkv, *dweights = qk_norm_rope_backward(dq, dk, dv, *packed, wants_weights)
     del dq, dk, dv, packed
@@ -301,10 +301,12 @@ def _leave_backward(
     s: str,
     out: Tensor,  # (B, L or T, D): attention's output of this stream
     dstream: Tensor,
+    dout: Tensor,
     found: dict[str, Tensor],
-) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """From the block's output back to attention's: gradients of the stream before it, of attention's
-    output, and of the modulation from its gate on. Adds those of parameters to `found`."""
+) -> tuple[Tensor, list[Tensor]]:
+    """From the block's output back to attention's: gradients of the stream before it, and of the
+    modulation from its gate on. Writes that of attention's output into `dout`, where the other stream's
+    joins it, and adds those of parameters to `found`."""
     wants = f"modulation{s}" in c.wanted
     _, _, gate, mlp_shift, mlp_scale, mlp_gate = t[f"modulation{s}"].chunk(6, dim=-1)
     up, down, leave = (c.projections[f"{name}{s}"] for name in ("mlp", "down", "out"))
@@ -345,10 +347,9 @@ def _leave_backward(
     del stream, g
     dz, dgate = gated_residual_backward(dx, z if wants else None, gate, wants)
     del z
-    g = leave.backward(t, c.wanted, dz, out, kept[f"low_out{s}"], training=c.training)
+    g = leave.backward(t, c.wanted, dz, out, kept[f"low_out{s}"], into=dout, training=c.training)
     found |= g.parameters
-    assert g.x is not None
-    return dx, g.x, [dgate, dmlp_shift, dmlp_scale, dmlp_gate]
+    return dx, [dgate, dmlp_shift, dmlp_scale, dmlp_gate]
 
 
 DOUBLE = Formula(

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from fasttune.memory.activations import Kept, Policy, moved, pack
 from fasttune.memory.offload import Offload
+from fasttune.models.adapter_copy import AdapterCopy, pack_adapters_
 from fasttune.models.layers import Block
 from fasttune.models.projection import SEED, Projection, pack_, projection
 
@@ -157,6 +158,10 @@ class FusedBlock:
         self._wanted = frozenset(n for n, p in block.named_parameters() if p.requires_grad)
         self._drops_out = any(each.dropout for each in kind.projections.values())
 
+    def add(self, tensors: Tensors) -> None:
+        """Further tensors that the formula reads by name, and that need no gradient."""
+        self._tensors |= tensors
+
     def __call__(self, *args: Any) -> Any:
         """As the block's own forward."""
         formula, training = self.kind.formula, self.block.training
@@ -204,6 +209,7 @@ class _Apply(torch.autograd.Function):
             if ctx.away is not None:
                 kept = {key: x for key, x in kept.items() if key not in leaving}
         ctx.here = tuple(kept)
+        ctx.strides = [x.stride() for x in outputs]
         ctx.save_for_backward(*tensors, *kept.values())
         return outputs
 
@@ -215,9 +221,18 @@ class _Apply(torch.autograd.Function):
         if ctx.away is not None:
             kept |= ctx.offload.fetch(ctx.away)
         kept = {key: kept[key] for key in ctx.keys}  # graphs take them in this order
+        # A network's last block of a kind may get a slice: one copy there spares a graph of its own.
+        gradients = tuple(map(_laid_out, gradients, ctx.strides))
         found = ctx.kind.backward(ctx.context, ctx.names, tensors, kept, gradients)
         wanted = (found.get(n) if n in ctx.context.wanted else None for n in ctx.names)
         return None, None, None, None, *wanted
+
+
+def _laid_out(x: Tensor, strides: Sequence[int]) -> Tensor:
+    """The tensor with these strides."""
+    if x.stride() == strides:
+        return x
+    return x.new_empty_strided(x.shape, strides).copy_(x)
 
 
 def fuse(
@@ -227,17 +242,22 @@ def fuse(
     policy: Policy = Policy(),  # noqa: B008  # frozen
     compile: Compile | None = None,
     offload: Offload | None = None,
+    dtype: torch.dtype | None = None,
 ) -> dict[str, list[Block]]:
     """Gives every block that a formula covers its formula, and returns the kinds of blocks by name.
 
     Call it when weights and adapters are in place: weights that are used together are moved together,
     and each parameter becomes a view. Blocks without a formula, or with adapters that theirs does not
     cover, keep the forward of their class and are returned under the name "plain", if there are any.
-    `offload` moves what the policy says, by default as the device of the tensors wants it.
+    `offload` moves what the policy says, by default as the device of the tensors wants it. `dtype` is that
+    of the computation, in which the network keeps a copy of its adapters that each of its forwards makes
+    anew; without it blocks cast them.
     """
+    unfuse(denoiser)
     offload = Offload() if offload is None else offload
     kinds: dict[Any, Kind] = {}
     found: dict[str, list[Block]] = {}
+    fused: list[FusedBlock] = []
     for name, block in denoiser.named_modules():
         if not isinstance(block, Block):
             continue
@@ -256,9 +276,23 @@ def fuse(
         if key not in kinds:
             label = f"{type(block).__name__} {name}"
             kinds[key] = Kind(label, formula, projections, numbers, policy, compile)
-        block.forward = FusedBlock(block, kinds[key], offload)  # type: ignore[method-assign]
+        fused.append(FusedBlock(block, kinds[key], offload))
+        block.forward = fused[-1]  # type: ignore[method-assign]
         found.setdefault(kinds[key].name, []).append(block)
+    owners = [each for each in fused for _ in each.kind.projections]
+    places = [(each.block, p) for each in fused for p in each.kind.projections.values()]
+    matrices, copy = pack_adapters_(places, dtype)
+    for each, tensors in zip(owners, matrices, strict=True):
+        each.add(tensors)
+    if copy is not None:
+        denoiser.register_forward_pre_hook(copy)
     return found
+
+
+def adapter_copy(denoiser: nn.Module) -> AdapterCopy | None:
+    """The network's copy of its adapters, if `fuse` made one."""
+    hooks = denoiser._forward_pre_hooks.values()
+    return next((hook for hook in hooks if isinstance(hook, AdapterCopy)), None)
 
 
 def kept_names(denoiser: nn.Module, formulas: Mapping[type[Block], Formula]) -> frozenset[str]:
@@ -269,6 +303,9 @@ def kept_names(denoiser: nn.Module, formulas: Mapping[type[Block], Formula]) -> 
 
 def unfuse(denoiser: nn.Module) -> None:
     """Gives every block the forward of its class again; parameters stay where they are."""
+    hooks = denoiser._forward_pre_hooks
+    for key in [key for key, hook in hooks.items() if isinstance(hook, AdapterCopy)]:
+        del hooks[key]
     for block in denoiser.modules():
         if isinstance(block, Block) and isinstance(vars(block).get("forward"), FusedBlock):
             del block.forward

@@ -12,7 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fasttune_kernels.lora_linear import lora_linear_backward, lora_linear_forward
+from fasttune_kernels.lora_linear import (
+    lora_linear_backward,
+    lora_linear_backward_into,
+    lora_linear_forward,
+)
 
 Tensors = Mapping[str, Tensor]
 """Name in the block, such as "attn.to_q.weight" -> tensor."""
@@ -20,6 +24,9 @@ Tensors = Mapping[str, Tensor]
 
 SEED = "seed"
 """Name of the (1,) int64 tensor from which a block's dropout masks are derived."""
+
+MATRICES = ("lora_A", "lora_B")
+"""An adapter's parameters: (r, K) and (O, r)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,28 +78,36 @@ class Projection:
         x2: Tensor | None = None,
         *,
         residual: Tensor | None = None,
+        into: Tensor | None = None,
         wants_x: bool = True,
         training: bool = True,
     ) -> Gradients:
-        """Gradients of the input, plus `residual`, and of the parameters in `wanted`."""
+        """Gradients of the input, plus `residual`, and of the parameters in `wanted`. That of the input is
+        written `into` a part of a larger tensor, if given, of a projection with one input and no residual.
+        """
         lora_A, lora_B = self._adapters(p, dy.dtype)
         dropout = self.dropout if training else 0.0
         weights = [f"{member}.weight" for member in self.members]
         biases = [f"{member}.bias" for member in self.members]
-        dx, dx2, dweight, dbias, dA, dB = lora_linear_backward(
-            dy, x, x2, self._weight(p, dy.dtype), lora_A, lora_B, low, self._slices(), self.scale,
-            dropout, self._seed(p, dropout), residual, wants_x,
-            any(name in wanted for name in weights),
-            any(name in wanted for name in biases),
-        )  # fmt: skip
+        weight = self._weight(p, dy.dtype)
+        adapters = lora_A, lora_B, low, self._slices(), self.scale, dropout, self._seed(p, dropout)
+        wants = any(name in wanted for name in weights), any(name in wanted for name in biases)
+        if into is None:
+            dx, dx2, dweight, dbias, dA, dB = lora_linear_backward(
+                dy, x, x2, weight, *adapters, residual, wants_x, *wants
+            )
+        else:
+            assert x2 is None and residual is None
+            dx = dx2 = into
+            dweight, dbias, dA, dB = lora_linear_backward_into(
+                into, dy, x, weight, *adapters, *wants
+            )
         found: dict[str, Tensor] = {}
         for names, gradient in ((weights, dweight), (biases, dbias)):
             if gradient.numel():
                 found |= zip(names, gradient.split(list(self.widths)), strict=True)
         if lora_A is not None:
-            chosen = [
-                name for name, adapted in zip(self.members, self.adapted, strict=True) if adapted
-            ]
+            chosen = self.adapted_members()
             outs = [w for w, adapted in zip(self.widths, self.adapted, strict=True) if adapted]
             found |= zip([f"{n}.lora_A" for n in chosen], dA.chunk(len(chosen)), strict=True)
             found |= zip([f"{n}.lora_B" for n in chosen], dB.split(outs), strict=True)
@@ -106,12 +121,19 @@ class Projection:
         """Whether the backward needs the input: for gradients of weights or of A."""
         return any(self.adapted) or any(f"{member}.weight" in wanted for member in self.members)
 
+    def adapted_members(self) -> list[str]:
+        """Of the members, those with an adapter."""
+        return [name for name, adapted in zip(self.members, self.adapted, strict=True) if adapted]
+
+    def matrix(self, name: str) -> str:
+        """Name of the members' matrices "lora_A" or "lora_B" together, (R, K) or (P, r)."""
+        return f"{self.joint}.joint_{name}"
+
     def _adapters(self, p: Tensors, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
         if not any(self.adapted):
             return None, None
-        chosen = [name for name, adapted in zip(self.members, self.adapted, strict=True) if adapted]
-        lora_A = torch.cat([p[f"{name}.lora_A"] for name in chosen]).to(dtype)
-        return lora_A, torch.cat([p[f"{name}.lora_B"] for name in chosen]).to(dtype)
+        lora_A, lora_B = (p[self.matrix(name)].to(dtype) for name in MATRICES)
+        return lora_A, lora_B
 
     def _weight(self, p: Tensors, dtype: torch.dtype) -> Tensor:
         return p[f"{self.joint}.weight"].to(dtype)

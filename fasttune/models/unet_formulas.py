@@ -81,10 +81,15 @@ def transformer_backward(
     (dx,) = gradients
     found: Found = {}
 
+    # What is not kept is made once and stays until its last use.
+    made: dict[str, tuple[Tensor, Tensor]] = {}
+
     def attended() -> tuple[Tensor, Tensor]:
         if "attention" in kept:
             return kept["attention"], kept["lse"]
-        return attention_forward(*_heads(c, qkv(), 3), None)
+        if "attention" not in made:
+            made["attention"] = attention_forward(*_heads(c, qkv(), 3), None)
+        return made["attention"]
 
     def qkv() -> Tensor:
         if "qkv" in kept:
@@ -94,8 +99,10 @@ def transformer_backward(
     def crossed(stream: Tensor) -> tuple[Tensor, Tensor]:
         if "cross_attention" in kept:
             return kept["cross_attention"], kept["cross_lse"]
-        keys = _heads(c, kept["context"], 2)
-        return attention_forward(*_heads(c, query(stream), 1), *keys, None)
+        if "cross_attention" not in made:
+            keys = _heads(c, kept["context"], 2)
+            made["cross_attention"] = attention_forward(*_heads(c, query(stream), 1), *keys, None)
+        return made["cross_attention"]
 
     def query(stream: Tensor) -> Tensor:
         if "query" in kept:
@@ -160,6 +167,7 @@ def transformer_backward(
     dtext = back("context", dcontext, t["text"], "low_context", wants_x="text" in c.wanted)
     if dtext is not None:
         found["text"] = dtext
+    made.pop("cross_attention", None)
     del out, lse, dout, dk, dv, dcontext
     dy = back("query", dq.flatten(2), before("query", "norm2", first), "low_query")
     del dq
@@ -172,6 +180,7 @@ def transformer_backward(
     dqkv = torch.stack(
         attention_backward(dout.view_as(out), *_heads(c, qkv(), 3), out, lse, None), dim=2
     ).flatten(2)
+    made.clear()
     del out, lse, dout
     dy = back("qkv", dqkv, before("qkv", "norm1", t["x"]), "low_qkv")
     del dqkv

@@ -128,6 +128,61 @@ def lora_linear_backward(
 
     Without adapters and wants_weight nothing of x is read but its shape.
     """
+    return _gradients(
+        dy, x, x2, weight, lora_A, lora_B, low, slices, scale, dropout, seed, residual, wants_x,
+        wants_weight, wants_bias, None,
+    )  # fmt: skip
+
+
+@custom_op("fasttune::lora_linear_backward_into", mutates_args=("dx",))
+def lora_linear_backward_into(
+    dx: Tensor,
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    low: Tensor,
+    slices: list[int],
+    scale: float,
+    dropout: float,
+    seed: Tensor | None,
+    wants_weight: bool,
+    wants_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`lora_linear_backward` of one buffer with its dx, (..., K), written where the caller wants it: into its part
+    of a larger tensor, which then need not be joined. -> dweight, dbias, dlora_A, dlora_B.
+
+    Products write rows that follow each other without a gap. In a larger tensor those of several samples
+    do not, and are copied.
+    """
+    _, _, *others = _gradients(
+        dy, x, None, weight, lora_A, lora_B, low, slices, scale, dropout, seed, None, True,
+        wants_weight, wants_bias, dx,
+    )  # fmt: skip
+    dweight, dbias, dA, dB = others
+    return dweight, dbias, dA, dB
+
+
+def _gradients(
+    dy: Tensor,
+    x: Tensor,
+    x2: Tensor | None,
+    weight: Tensor,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    low: Tensor,
+    slices: list[int],
+    scale: float,
+    dropout: float,
+    seed: Tensor | None,
+    residual: Tensor | None,
+    wants_x: bool,
+    wants_weight: bool,
+    wants_bias: bool,
+    out: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What `lora_linear_backward` returns, with dx in `out` if given."""
     shape, dy = dy.shape[:-1], as_matrix(dy)
     buffers = buffers_of(x, x2)
     adapters = adapters_of(lora_A, lora_B, slices, scale, dropout, seed)
@@ -140,13 +195,21 @@ def lora_linear_backward(
     dinputs = [dy.new_empty(0), dy.new_empty(0)]
     for i, (_, begin, end) in enumerate(buffers if wants_x else []):
         added = as_matrix(residual) if residual is not None and i == 0 else None
-        dx = input_gradient(dy, weight, dlow, adapters, added, begin, end)
+        place = _rows_of(out) if i == 0 else None
+        dx = input_gradient(dy, weight, dlow, adapters, added, begin, end, place)
         dinputs[i] = dx.view(*shape, end - begin)
+    if out is not None and _rows_of(out) is None:
+        out.copy_(dinputs[0])
     dweight = torch.empty_like(weight) if wants_weight else dy.new_empty(0)
     for buffer, begin, end in buffers if wants_weight else []:
         torch.mm(dy.t(), buffer, out=dweight[:, begin:end])
     dbias = dy.sum(dim=0, dtype=wide_dtype(dy)) if wants_bias else dy.new_empty(0)
     return dinputs[0], dinputs[1], dweight, dbias, dA, dB
+
+
+def _rows_of(x: Tensor | None) -> Tensor | None:
+    """(..., K) as a contiguous (M, K) of the same memory; None if it is none."""
+    return x.view(-1, x.shape[-1]) if x is not None and x.is_contiguous() and x.numel() else None
 
 
 @lora_linear_forward.register_fake
@@ -183,6 +246,28 @@ def _(
         empty(weight.shape[:1] if wants_bias else None, wide_dtype(dy)),
         empty(None if lora_A is None else lora_A.shape, wide_dtype(dy)),
         empty(None if lora_B is None else lora_B.shape, wide_dtype(dy)),
+    )
+
+
+@lora_linear_backward_into.register_fake
+def _(
+    dx: Tensor,
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    *arguments: Any,
+) -> tuple[Tensor, ...]:
+    def empty(like: Tensor | None, dtype: torch.dtype) -> Tensor:
+        return dy.new_empty(0) if like is None else dy.new_empty(like.shape, dtype=dtype)
+
+    wants_weight, wants_bias = arguments[-2:]
+    return (
+        empty(weight if wants_weight else None, dy.dtype),
+        empty(weight[:, 0] if wants_bias else None, wide_dtype(dy)),
+        empty(lora_A, wide_dtype(dy)),
+        empty(lora_B, wide_dtype(dy)),
     )
 
 

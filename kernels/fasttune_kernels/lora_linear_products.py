@@ -74,11 +74,18 @@ def base_product(x: Tensor, x2: Tensor | None, weight: Tensor, bias: Tensor | No
 
 
 def base_product_backward(
-    dy: Tensor, weight: Tensor, begin: int, end: int, residual: Tensor | None
+    dy: Tensor,
+    weight: Tensor,
+    begin: int,
+    end: int,
+    residual: Tensor | None,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """dy W + residual, for the input channels from begin to end."""
+    """dy W + residual, for the input channels from begin to end; in `out` if given."""
     weight = weight[:, begin:end]
-    return torch.mm(dy, weight) if residual is None else torch.addmm(residual, dy, weight)
+    if residual is None:
+        return torch.mm(dy, weight, out=out)
+    return torch.addmm(residual, dy, weight, out=out)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -231,13 +238,14 @@ def input_gradient(
     residual: Tensor | None,
     begin: int,
     end: int,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """dy W + dlow A + residual for the input channels from begin to end."""
+    """dy W + dlow A + residual for the input channels from begin to end; in `out`, contiguous, if given."""
     if adapters is None or dlow is None:
-        return base_product_backward(dy, weight, begin, end, residual)
+        return base_product_backward(dy, weight, begin, end, residual, out)
     A, scale = adapters.A[:, begin:end], adapters.scale / adapters.keep
     if not launches_kernels(dy):
-        dx = base_product_backward(dy, weight, begin, end, residual)
+        dx = base_product_backward(dy, weight, begin, end, residual, out)
         if adapters.seed is None:
             return dx.addmm_(dlow, A, alpha=scale)
         return dx.add_(adapters.dropped(torch.mm(dlow, A), begin, end), alpha=scale)
@@ -245,11 +253,11 @@ def input_gradient(
     product: dict[str, Any] = {"low": dlow, "up": A.t(), "scale": scale, "offset": begin}
     product |= adapters.kernel_dropout()
     if has_own_product(dy):
-        dx = dy.new_empty(len(dy), end - begin)
+        dx = dy.new_empty(len(dy), end - begin) if out is None else out
         config = LinearConfig.from_heuristic(len(dy), end - begin, target)
         base = weight[:, begin:end].t()
         launch_linear(dx, config, x=dy, weight=base, residual=residual, **product)
     else:
-        dx = base_product_backward(dy, weight, begin, end, residual)
+        dx = base_product_backward(dy, weight, begin, end, residual, out)
         launch_linear(dx, LinearConfig.of_update(target), residual=dx, **product)
     return dx
