@@ -15,6 +15,7 @@ from fasttune_kernels.dispatch import Backend, forced
 from fasttune_kernels.lora_linear import (
     lora_linear,
     lora_linear_backward,
+    lora_linear_backward_into,
     lora_linear_forward,
     lora_linear_ref,
 )
@@ -246,6 +247,23 @@ def test_ops_are_as_registered(backend: Backend, name: str) -> None:
         opcheck(lora_linear_forward, raw(given))
         opcheck(lora_linear_backward, backward_arguments(given, True, True, True))
         opcheck(lora_linear_backward, backward_arguments(given, False, False, False))
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("name", ["plain", "one", "rank 40"])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_dx_is_written_into_a_part(backend: Backend, name: str, batch: int) -> None:
+    """Of one sample where it belongs, of several by a copy; the rest of the tensor stays as it is."""
+    given = inputs(CASES[name], torch.float32, (batch, 5))
+    with forced(backend):
+        dy, x, _, *rest = backward_arguments(given, True, True, True)
+        dx, _, *others = lora_linear_backward(dy, x, None, *rest[:-4], None, True, True, True)
+        whole = torch.full((batch, 9, x.shape[-1]), 7.0)
+        arguments = (whole[:, 3:8], dy, x, *rest[:-4], True, True)
+        opcheck(lora_linear_backward_into, arguments)
+        assert_close(lora_linear_backward_into(*arguments), tuple(others), rtol=0, atol=0)
+    assert torch.equal(whole[:, 3:8], dx)
+    assert (whole[:, :3] == 7).all() and (whole[:, 8:] == 7).all()
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
