@@ -2,6 +2,7 @@
 they cannot disagree about what a config means."""
 
 import logging
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,13 +19,13 @@ from fasttune.ddpm import Ddpm
 from fasttune.device import Placement, place, short
 from fasttune.errors import ConfigError
 from fasttune.flow_matching import FlowMatching
-from fasttune.memory.activations import policy_of
+from fasttune.memory.activations import Policy, policy_of
 from fasttune.memory.offload import Offload
 from fasttune.models import MODELS
 from fasttune.models.compiled import Compiler, compiler_for
 from fasttune.models.formulas import FORMULAS
 from fasttune.models.fused import fuse, kept_names
-from fasttune.models.layers import set_channels_last, set_recompute
+from fasttune.models.layers import Block, set_channels_last, set_recompute
 from fasttune.models.spec import ModelSpec
 from fasttune.models.weights import (
     build_on_meta,
@@ -38,6 +39,7 @@ from fasttune.models.weights import (
 from fasttune.reconstruction import Reconstruction
 from fasttune.seeds import derive_seed
 from fasttune.step import Objective, Step
+from fasttune_kernels.dispatch import why_no_triton
 
 log = logging.getLogger(__name__)
 
@@ -100,6 +102,7 @@ def check_model(config: Config, resumed: ResumeState | None = None) -> Objective
     denoiser = build_on_meta(spec, folder) if random else check_denoiser(spec, folder)
     objective = objective_for(config, spec, folder)
     adapt(config, spec, denoiser)
+    policy_for(config, denoiser)
     if config.adapter.init_from is not None and resumed is None:
         read_lora(Path(config.adapter.init_from), module_shapes(denoiser))
     if resumed is not None:
@@ -173,21 +176,9 @@ def set_blocks(
 ) -> Compiler | None:
     """Gives the blocks of a network with its weights and adapter their formulas, with what the config
     says they keep and compile. Returns the compiler, if there is one. `device_type` is what the
-    placement's stands for, where it stands for another.
-
-    ConfigError for a table of activations that names what no block of the network keeps."""
-    policy = policy_of(config.memory.activations)
-    unknown = sorted(set(policy.choices) - kept_names(denoiser, FORMULAS))
-    if unknown:
-        names = ", ".join(sorted(kept_names(denoiser, FORMULAS))) or "nothing"
-        raise ConfigError(
-            [
-                f"memory.activations: {', '.join(unknown)}: no block of family {config.model.family} "
-                f"keeps that; there is {names}"
-            ]
-        )
+    placement's stands for, where it stands for another. Raises what `policy_for` raises."""
+    policy = policy_for(config, denoiser)
     compiler, reason = compiler_for(config.train.compile, placement.device.type)
-    log.info("%s", reason)
     offload = Offload(stands_for=device_type)
     kinds = fuse(
         denoiser,
@@ -197,23 +188,53 @@ def set_blocks(
         offload=offload,
         dtype=placement.compute_dtype,
     )
-    plain = kinds.get("plain", [])
-    if plain and policy.default in ("int8", "offload"):
-        log.warning(
-            "%d blocks have adapters that their fused form does not cover; they recompute instead of "
-            "memory.activations = %r",
-            len(plain),
-            policy.default,
-        )
-    for block in plain:
-        block.recompute = policy.default != "save"
     if not kinds:  # a network of diffusers
         set_recompute(denoiser, policy.default == "recompute")
-    elif (device_type or placement.device.type) == "cuda":
+        return None
+    log.info("%s", reason)
+    if problem := why_no_triton(placement.device) if placement.device.type == "cuda" else None:
+        log.warning("operations run by PyTorch and take more time and memory: %s", problem)
+    _set_plain_blocks(kinds.get("plain", []), policy, compiler)
+    if (device_type or placement.device.type) == "cuda":
         # Not on the CPU, whose group norm loses digits there, nor on MPS, whose optimizers want
         # contiguous weights.
         set_channels_last(denoiser)
     return compiler
+
+
+def policy_for(config: Config, denoiser: nn.Module) -> Policy:
+    """What becomes of activations. ConfigError for a table that names what no block of the network
+    keeps."""
+    policy = policy_of(config.memory.activations)
+    names = kept_names(denoiser, FORMULAS)
+    unknown = sorted(set(policy.choices) - names)
+    if unknown:
+        there = ", ".join(sorted(names)) or "nothing"
+        raise ConfigError(
+            [
+                f"memory.activations: {', '.join(unknown)}: no block of family {config.model.family} "
+                f"keeps that; there is {there}"
+            ]
+        )
+    return policy
+
+
+def _set_plain_blocks(blocks: Sequence[Block], policy: Policy, compiler: Compiler | None) -> None:
+    """Blocks whose adapters their fused form does not cover save all or recompute as a whole."""
+    others = 0
+    for block in blocks:
+        names = FORMULAS[type(block)].kept
+        wanted = {policy[name] for name in names} or {policy.default}
+        block.recompute = wanted != {"save"}
+        others += wanted not in ({"save"}, {"recompute"})
+    if others:
+        log.warning(
+            "%d blocks have adapters that their fused form does not cover; they recompute, whatever "
+            "else memory.activations says of what they keep",
+            others,
+        )
+    if blocks and compiler is not None:
+        log.warning("%d blocks with such adapters are not compiled", len(blocks))
 
 
 def step_for(

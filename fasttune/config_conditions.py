@@ -49,6 +49,8 @@ CONDITIONS = (
     Condition("data.image_column", "data.captions", _CAPTION_TABLES),
     Condition("data.caption_column", "data.captions", _CAPTION_TABLES),
     Condition("data.max_aspect", "data.aspect_buckets", (True,)),
+    Condition("memory.activations", "model.family", _DENOISERS, honoured=("save",)),
+    Condition("train.compile", "model.family", _DENOISERS, honoured=("off",)),
     Condition("train.caption_dropout", "model.family", _DENOISERS, honoured=(0.0,)),
     Condition("objective.logit_mean", "model.family", ("flux",)),
     # For flux, "auto" is logit_normal.

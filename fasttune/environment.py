@@ -23,8 +23,9 @@ def prepare() -> None:
     if sys.platform != "darwin":  # where no torch is built for ROCm; other builds never read it
         variables.setdefault(AOTRITON, "1")
     folder = cache_folder()
-    if _can_be_written(folder):  # as not where the home is read-only: torch's defaults work there
-        for variable, name in CACHES.items():
+    for variable, name in CACHES.items():
+        # Not where the home is read-only or unknown: torch's defaults work there.
+        if folder.is_absolute() and _can_be_written(folder / name):
             variables.setdefault(variable, str(folder / name))
 
 

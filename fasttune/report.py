@@ -217,10 +217,13 @@ def _tiles(
 
 def _compiled(found: Mapping[str, Any] | None) -> str:
     """12 graphs compiled in 41 s, 12 cached"""
-    if not found or not found["graphs"]:
+    if not found:
         return ""
+    if not found["graphs"]:
+        return "blocks did not compile and ran eagerly" if found["given_up"] else ""
     cached = f", {found['from_cache']} cached" if found["from_cache"] else ""
-    return f"{found['graphs']} graphs compiled in {format_duration(found['seconds'])}{cached}"
+    rest = ", further ones eager" if found["given_up"] else ""
+    return f"{found['graphs']} graphs compiled in {format_duration(found['seconds'])}{cached}{rest}"
 
 
 # Curves

@@ -203,7 +203,9 @@ def settings_of(config: Config, samples: Sequence[CachedSample]) -> dict[str, An
         "run.seed": config.run.seed,
         "the training images and captions": f"{len(samples)}, {digest.hexdigest()}",
     }
-    for section in ("adapter", "precision", "train", "objective", "optimizer", "schedule", "ema"):
+    for section in (
+        *("adapter", "precision", "memory", "train", "objective", "optimizer", "schedule", "ema"),
+    ):
         values = dataclasses.asdict(getattr(config, section))
         found |= {f"{section}.{key}": value for key, value in values.items()}
     loaded: dict[str, Any] = json.loads(json.dumps(found))

@@ -48,6 +48,7 @@ from torch.func import functional_call
 
 from benchmarks.harness import Row
 from benchmarks.static.gpu_operations import as_on_gpu
+from benchmarks.static.own_launches import scratch_of
 from fasttune.adapters.lora import adaptable_modules, apply_lora
 from fasttune.memory.activations import Policy
 from fasttune.memory.trace import Held, MemoryTrace, exact_size
@@ -236,7 +237,7 @@ class Block:
     def traced(self) -> "Traced":
         """One forward and backward."""
         gc.collect()
-        trace = MemoryTrace(self.module, rounding=exact_size)
+        trace = MemoryTrace(self.module, rounding=exact_size, scratch=scratch_of(exact_size))
         trace.label("weights", self.module.parameters())
         trace.label("inputs", [x for x in self.inputs if x is not None])
         given = trace.live

@@ -7,7 +7,7 @@ the sake of strides are counted where they take place, and there is no list of o
 
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cache
 from typing import Any
@@ -17,11 +17,14 @@ import torch
 from torch import Tensor
 from torch._library.custom_ops import OPDEFS
 from torch._ops import OpOverload
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from benchmarks.static.kinds import kind_of
 from benchmarks.static.stand_in import Like
+from fasttune.memory.tensors import tensors_in
+from fasttune.memory.trace import MemoryTrace, Scratch
 from fasttune_kernels import attention_dispatch, dispatch
 
 ARCH = "sm_89"
@@ -39,6 +42,41 @@ def launches_of(op: OpOverload, args: Any, kwargs: Any) -> Counter[str]:
     leaves, structure = tree_flatten((args, kwargs))
     described = tuple(Like.of(x) if isinstance(x, Tensor) else x for x in leaves)
     return Counter(_launches(op.name(), described, structure))
+
+
+def scratch_of(rounding: Callable[[int], int], *, backend: dispatch.Backend = "triton") -> Scratch:
+    """For `MemoryTrace`: what a body of ours allocates while it runs, outputs and partial sums alike, with
+    our kernels or with PyTorch's operations in their place."""
+
+    def scratch(op: OpOverload, args: Any, kwargs: Any) -> int:
+        if op.name() not in OPDEFS:
+            return 0
+        leaves, structure = tree_flatten((args, kwargs))
+        described = tuple(Like.of(x) if isinstance(x, Tensor) else x for x in leaves)
+        return _allocated(op.name(), described, structure, rounding, backend)
+
+    return scratch
+
+
+@cache
+def _allocated(
+    name: str,
+    leaves: tuple[Any, ...],
+    structure: Any,
+    rounding: Callable[[int], int],
+    backend: dispatch.Backend,
+) -> int:
+    with unset_fake_temporarily(), torch.no_grad():
+        args, kwargs = tree_unflatten(
+            [_without_memory(x) if isinstance(x, Like) else x for x in leaves], structure
+        )
+        trace = MemoryTrace(rounding=rounding, device_type="meta")
+        trace.label("inputs", tensors_in([args, kwargs]))
+        given = trace.live
+        implemented = _noted() if backend == "triton" else dispatch.computed_as_on("cpu")
+        with implemented, trace:
+            OPDEFS[name]._init_fn(*args, **kwargs)
+        return trace.peak.bytes - given
 
 
 @cache

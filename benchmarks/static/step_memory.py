@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.static.gpu_operations import as_on_gpu
-from fasttune.memory.trace import MemoryTrace, tensors_in
+from benchmarks.static.own_launches import scratch_of
+from fasttune.memory.tensors import tensors_in
+from fasttune.memory.trace import MemoryTrace, cuda_size
 from fasttune.models.fused import adapter_copy
 from fasttune.rehearsal import Rehearsal
 
@@ -39,8 +41,9 @@ def trace_rehearsal(rehearsal: Rehearsal, *, steps: int = 2) -> MemoryResult:
     Python's cycle collection is off meanwhile: when it runs depends on all else in the process. What
     would wait for it is held, and shows.
     """
-    trace = MemoryTrace(rehearsal.denoiser)
     stands_for_gpu = rehearsal.device_type == "cuda" and rehearsal.placement.device.type == "cpu"
+    scratch = scratch_of(cuda_size) if stands_for_gpu else None
+    trace = MemoryTrace(rehearsal.denoiser, scratch=scratch)
     operations = as_on_gpu(rehearsal.denoiser) if stands_for_gpu else nullcontext()
     with _without_collection(), operations, trace:
         label_rehearsal(trace, rehearsal)

@@ -53,9 +53,11 @@ class CudaRoad:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._stream = torch.cuda.Stream(device)
+        self._computing = torch.cuda.current_stream(device)
 
     def out(self, tensors: Sequence[Tensor]) -> tuple[list[Tensor], Any]:
         hosts = [torch.empty_like(x, device="cpu", pin_memory=True) for x in tensors]
+        self._computing = torch.cuda.current_stream(self._device)
         return hosts, self._copy(tensors, hosts)
 
     def back(self, hosts: Sequence[Tensor]) -> tuple[list[Tensor], Any]:
@@ -63,7 +65,9 @@ class CudaRoad:
         return found, self._copy(hosts, found)
 
     def wait(self, event: Any) -> None:
-        torch.cuda.current_stream(self._device).wait_event(event)
+        # The asking thread may be another's, such as one in which a dropped graph is collected.
+        for stream in {self._computing, torch.cuda.current_stream(self._device)}:
+            stream.wait_event(event)
 
     def _copy(self, sources: Sequence[Tensor], targets: Sequence[Tensor]) -> Any:
         # Also of targets: their memory may be in use up to here.

@@ -6,7 +6,7 @@ views it has. So the trace is exact for what goes through the dispatcher, and ne
 a `FakeTensorMode` it gives the memory of a step of any size.
 
 Not counted, because it never is a tensor that an operation returns: workspaces inside a kernel (cuBLAS,
-cuDNN, im2col, attention's scratch), fragmentation, the CUDA context, and host tensors that torch
+cuDNN, im2col, attention's scratch), but for those that `scratch` knows; fragmentation, the CUDA context, and host tensors that torch
 makes without the dispatcher (the RNG state that `checkpoint` keeps, 5 KiB a block). The caching
 allocator may also hand out a block up to 1 MiB larger than asked for instead of splitting it.
 
@@ -31,6 +31,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from fasttune.memory.tensors import plain_tensors, tensors_in
 
 GIVEN = ("weights", "adapters", "optimizer", "ema", "inputs")
 FOUND = ("gradients", "saved", "recomputed", "transient")
@@ -98,12 +100,17 @@ class _Storage:
     """The operation, None if from outside."""
 
 
+Scratch = Callable[[Any, tuple[Any, ...], dict[str, Any]], int]
+"""(operation, args, kwargs) -> the most bytes that it holds at once beyond its arguments, outputs included:
+of an operation with a body in Python, which fake tensors never run. 0 for all others."""
+
+
 class MemoryTrace(TorchDispatchMode):
     """Follows all storages while it is entered. Enter it inside the `FakeTensorMode`, if any.
 
     `root` gives modules their names and its parameters' gradients are recognised. `rounding` maps
     the bytes of a storage to those of its allocation. With `device_type`, only tensors of that
-    kind of device count.
+    kind of device count. `scratch` knows what an operation holds while it runs.
     """
 
     def __init__(
@@ -112,11 +119,13 @@ class MemoryTrace(TorchDispatchMode):
         *,
         rounding: Callable[[int], int] = cuda_size,
         device_type: str | None = None,
+        scratch: Scratch | None = None,
     ) -> None:
         super().__init__()
         self._root = root
         self._rounding = rounding
         self._device_type = device_type
+        self._scratch = scratch
         self._storages: dict[int, _Storage] = {}  # by address: reused only after the callback
         self._held = dict.fromkeys(CATEGORIES, 0)
         self.live = 0
@@ -176,7 +185,7 @@ class MemoryTrace(TorchDispatchMode):
         was found already. ValueError for an unknown category."""
         if category not in CATEGORIES:
             raise ValueError(f"category {category!r} is unknown; allowed are {CATEGORIES}")
-        for tensor in _plain_tensors(tensors):
+        for tensor in plain_tensors(tensors):
             known = self._storages.get(tensor.untyped_storage()._cdata)
             if known is not None and known.born <= self._peak_time:
                 self._peak.breakdown[known.category] -= known.size
@@ -231,6 +240,10 @@ class MemoryTrace(TorchDispatchMode):
         ):  # whose argument was made unseen, just now
             for tensor in given:
                 self._follow(tensor, "inputs")
+        if self._scratch is not None and (inside := self._scratch(func, args, kwargs)):
+            self._count("transient", inside)
+            self._look()
+            self._count("transient", -inside)
         out = func(*args, **kwargs)
         self._time += 1
         made = self._category_of_new()
@@ -326,7 +339,7 @@ class MemoryTrace(TorchDispatchMode):
             self._categorise(parameter.grad, "gradients", only=FOUND)
 
     def _pack(self, tensor: Tensor) -> Tensor:
-        for plain in _plain_tensors([tensor]):
+        for plain in plain_tensors([tensor]):
             self._follow(plain, "inputs")
             self._categorise(plain, "saved", only=("transient",))
         return tensor.detach()  # itself would be a reference cycle where it is the node's output
@@ -373,26 +386,3 @@ def _could_hold(total: Tensor, terms: list[Tensor]) -> set[int]:
     size = total.untyped_storage().nbytes()
     found = [t.untyped_storage() for t in terms if t.numel() * t.itemsize == size]
     return {storage._cdata for storage in found if storage.nbytes() == size}
-
-
-def tensors_in(values: Iterable[Any]) -> list[Tensor]:
-    """Tensors in nested tuples, lists and dicts."""
-    found: list[Tensor] = []
-    for value in values:
-        if isinstance(value, Tensor):
-            found.append(value)
-        elif isinstance(value, tuple | list):
-            found += tensors_in(value)
-        elif isinstance(value, dict):
-            found += tensors_in(value.values())
-    return found
-
-
-def _plain_tensors(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
-    """The tensors, and in place of those that wrap others what they wrap."""
-    for tensor in tensors:
-        if hasattr(tensor, "__tensor_flatten__"):
-            names, _ = tensor.__tensor_flatten__()
-            yield from _plain_tensors(getattr(tensor, name) for name in names)
-        else:
-            yield tensor

@@ -19,7 +19,12 @@ ALIGNMENT = 64
 
 
 class AdapterCopy:
-    """Hook of a network that makes the copy anew before each forward. The backward reads the same."""
+    """Hook of a network that makes the copy anew before each forward.
+
+    Backwards read the same memory. To autograd the copy never changes: a forward between another's
+    forward and backward writes the values that are there, unless parameters changed meanwhile, and then
+    autograd refuses the backward for those, which the blocks save as well.
+    """
 
     def __init__(self, master: Tensor, copy: Tensor) -> None:
         self.master = master
@@ -27,8 +32,11 @@ class AdapterCopy:
         self.copy = copy
 
     def __call__(self, module: nn.Module, args: Any) -> None:
+        self.refresh()
+
+    def refresh(self) -> None:
         with torch.no_grad():
-            self.copy.copy_(self.master)
+            self.copy.data.copy_(self.master)
 
 
 def pack_adapters_(
@@ -64,7 +72,11 @@ def pack_adapters_(
             view.copy_(p.detach())
             p.data = view
         found[place][name] = copied[:size].view(-1, columns)
-    return found, None if copy is master else AdapterCopy(master, copy)
+    if copy is master:
+        return found, None
+    made = AdapterCopy(master, copy)
+    made.refresh()  # for a block that is called on its own
+    return found, made
 
 
 def _matrices(block: nn.Module, projection: Projection) -> list[tuple[str, list[nn.Parameter]]]:

@@ -19,6 +19,7 @@ from typing import Any, Literal
 import torch
 
 import fasttune_kernels
+from fasttune.errors import HardwareError
 from fasttune_kernels.jit import HAS_TRITON
 
 Backend = str | Callable[..., Any]
@@ -42,8 +43,9 @@ class Compiler:
         """Why "auto" went back to eager mode, if it did."""
 
     def __call__(self, function: Callable[..., Any], name: str) -> Callable[..., Any]:
-        """The compiled function. It compiles when it is first called, and raises what that raises; in
-        mode "auto" the reason is logged once, and this function and all later ones run as they are."""
+        """The compiled function. It compiles when it is first called. HardwareError with the compiler's
+        reason if that fails; in mode "auto" the reason is logged once, and this function and all later
+        ones run as they are."""
         if self.given_up is not None:
             return function
         compiled = torch.compile(
@@ -63,7 +65,10 @@ class Compiler:
                 raise
             except Exception as error:  # whatever a compiler can raise on a user's machine
                 if self.mode != "auto":
-                    raise
+                    raise HardwareError(
+                        f'train.compile = "blocks": {name} does not compile here ({_reason(error)}). '
+                        'Take "auto", which then runs blocks eagerly, or "off"'
+                    ) from error
                 self._give_up(error, name)
                 chosen.append(function)
                 return function(*tensors)
@@ -83,18 +88,23 @@ class Compiler:
 
     def __str__(self) -> str:
         """12 graphs in 41.3 s, 12 of them from the cache"""
-        if self.given_up is not None:
+        if self.given_up is not None and not self.graphs:
             return "blocks run eagerly, as one did not compile"
         text = f"{len(self.graphs)} graphs in {self.seconds:.1f} s"
-        return text + (f", {self.num_cached} of them from the cache" if self.num_cached else "")
+        text += f", {self.num_cached} of them from the cache" if self.num_cached else ""
+        return text + ("; further ones run eagerly" if self.given_up is not None else "")
 
     def _first_call(self, compiled: Callable[..., Any], name: str, tensors: tuple[Any, ...]) -> Any:
-        begin, hits = time.perf_counter(), _cache_hits()
+        begin, hits, made = time.perf_counter(), _cache_hits(), _graphs_made()
         # In the thread that compiles, which for a backward on a GPU is autograd's.
         with torch.compiler.config.patch(cache_key_tag=_cache_tag()):  # type: ignore[attr-defined]
             found = compiled(*tensors)
+        if _graphs_made() == made:
+            raise RuntimeError("torch.compile made no graph; is TORCHDYNAMO_DISABLE set?")
+        seconds = time.perf_counter() - begin
+        log.info("compiled %s in %.1f s", name, seconds)
         self.graphs.append(name)
-        self.seconds += time.perf_counter() - begin
+        self.seconds += seconds
         self.num_cached += _cache_hits() > hits
         return found
 
@@ -114,6 +124,14 @@ def _cache_hits() -> int:
 
     hits: int = counters["inductor"]["fxgraph_cache_hit"]
     return hits
+
+
+def _graphs_made() -> int:
+    """Graphs that dynamo has traced so far."""
+    from torch._dynamo.utils import counters
+
+    made: int = counters["stats"]["unique_graphs"]
+    return made
 
 
 @cache

@@ -32,9 +32,22 @@ def _modulated(x: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor,
     return norm_modulate_forward(x, scale, shift, None, None, EPS, False)
 
 
-def _clip_fp16(x: Tensor) -> Tensor:
-    """The residual stream of the released weights leaves float16's range."""
-    return x.clamp(-65504, 65504) if x.dtype == torch.float16 else x
+LARGEST = 65504.0
+"""Of float16, whose range the residual stream of the released weights leaves."""
+
+
+def _clip_fp16(x: Tensor, kept: dict[str, Tensor]) -> Tensor:
+    """The stream in float16's range, and for the backward where it was clipped: the output itself, which
+    is the next block's input and kept anyway."""
+    if x.dtype != torch.float16:
+        return x
+    kept["clipped"] = x.clamp(-LARGEST, LARGEST)
+    return kept["clipped"]
+
+
+def _clip_backward(dy: Tensor, kept: Kept) -> Tensor:
+    """No gradient where the stream was clipped."""
+    return dy * (kept["clipped"].abs() < LARGEST) if "clipped" in kept else dy
 
 
 # --- Single block: text and image tokens in one sequence, attention and MLP side by side
@@ -70,13 +83,13 @@ def single_forward(c: Context, t: Tensors) -> tuple[tuple[Tensor, ...], dict[str
     z, low_out = c.project("out", t, out.flatten(2), gelu_tanh_forward(mlp))
     kept = {"qkv": qkv, "mlp": mlp, "attention": out, "lse": lse, "mean": mean, "rstd": rstd}
     kept |= {"low_qkv": low_qkv, "low_mlp": low_mlp, "low_out": low_out}
-    return (_clip_fp16(gated_residual_forward(x, z, gate)),), kept
+    return (_clip_fp16(gated_residual_forward(x, z, gate), kept),), kept
 
 
 def single_backward(
     c: Context, t: Tensors, kept: Kept, gradients: Sequence[Tensor]
 ) -> dict[str, Tensor]:
-    (dstream,) = gradients
+    dstream = _clip_backward(gradients[0], kept)
     x, mask = t["x"], t.get("mask")
     shift, scale, gate = t["modulation"].chunk(3, dim=-1)
     wants_gate = "modulation" in c.wanted
@@ -223,7 +236,7 @@ def double_forward(c: Context, t: Tensors) -> tuple[tuple[Tensor, ...], dict[str
         z, kept[f"low_down{s}"] = c.project(f"down{s}", t, gelu_tanh_forward(mlp))
         streams[s] = gated_residual_forward(stream, z, mlp_gate)
         kept[f"residual{s}"], kept[f"mlp{s}"] = stream, mlp
-    return (streams[IMAGE], _clip_fp16(streams[TEXT])), kept
+    return (streams[IMAGE], _clip_fp16(streams[TEXT], kept)), kept
 
 
 def double_backward(
@@ -256,7 +269,8 @@ def double_backward(
     dmodulations: dict[str, list[Tensor]] = {}
     dout = out.new_empty(out.flatten(2).shape)
     douts = {IMAGE: dout[:, num_text_tokens:], TEXT: dout[:, :num_text_tokens]}
-    for s, dstream in zip((IMAGE, TEXT), gradients, strict=True):
+    ends = gradients[0], _clip_backward(gradients[1], kept)
+    for s, dstream in zip((IMAGE, TEXT), ends, strict=True):
         dstreams[s], dmodulations[s] = _leave_backward(
             c, t, kept, s, parts[s].flatten(2), dstream, douts[s], found
         )

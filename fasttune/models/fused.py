@@ -77,6 +77,8 @@ class Formula:
     """Names that a policy may mention. A kept tensor "qkv/text" goes by the name "qkv"."""
     supports: Callable[[Any], bool] = lambda block: True
     """Whether the formula covers the block, adapters included."""
+    compiles: bool = True
+    """Whether a compiler has something to fuse between the operations."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,8 +155,15 @@ class FusedBlock:
     def __init__(self, block: Block, kind: Kind, offload: Offload) -> None:
         self.block, self.kind, self.offload = block, kind, offload
         self._tensors: dict[str, Tensor] = dict(block.named_parameters())
+        self._joint: list[tuple[nn.Parameter, Tensor]] = []
+        """A member and the joint weight that it is part of."""
         for each in kind.projections.values():
-            self._tensors |= pack_(block, each)
+            packed = pack_(block, each)
+            self._tensors |= packed
+            self._joint += [
+                (block.get_parameter(f"{each.members[0]}.weight"), joint)
+                for joint in list(packed.values())[:1]
+            ]
         self._wanted = frozenset(n for n, p in block.named_parameters() if p.requires_grad)
         self._drops_out = any(each.dropout for each in kind.projections.values())
 
@@ -162,14 +171,26 @@ class FusedBlock:
         """Further tensors that the formula reads by name, and that need no gradient."""
         self._tensors |= tensors
 
+    def _check_places(self) -> None:
+        """That joint weights still are the memory of their members: `to()` and copying give the members
+        memory of their own, and the block would go on with values that nothing trains."""
+        for part, joint in self._joint:
+            if part.untyped_storage()._cdata != joint.untyped_storage()._cdata:
+                raise RuntimeError(
+                    f"{self.kind.name}: its weights have been moved since fuse(); call fuse() after "
+                    "to(), copying and the like"
+                )
+
     def __call__(self, *args: Any) -> Any:
         """As the block's own forward."""
+        self._check_places()
         formula, training = self.kind.formula, self.block.training
         inputs = {k: x for k, x in formula.inputs(self.block, *args).items() if x is not None}
         tensors = inputs | self._tensors
         if self._drops_out and training:
             device = next(iter(inputs.values())).device
-            tensors[SEED] = torch.randint(0, 2**62, (1,), device=device)
+            # MPS draws int64 as int32 (aten/src/ATen/native/mps/operations/Distributions.mm).
+            tensors[SEED] = torch.randint(0, 2**31 - 1, (1,), device=device)
         wanted = frozenset(k for k, x in inputs.items() if x.requires_grad)
         keeps = torch.is_grad_enabled() and bool(wanted or self._wanted)
         context = Context(
@@ -275,7 +296,8 @@ def fuse(
         )
         if key not in kinds:
             label = f"{type(block).__name__} {name}"
-            kinds[key] = Kind(label, formula, projections, numbers, policy, compile)
+            compiler = compile if formula.compiles else None
+            kinds[key] = Kind(label, formula, projections, numbers, policy, compiler)
         fused.append(FusedBlock(block, kinds[key], offload))
         block.forward = fused[-1]  # type: ignore[method-assign]
         found.setdefault(kinds[key].name, []).append(block)

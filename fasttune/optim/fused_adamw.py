@@ -26,8 +26,8 @@ from torch.optim import Optimizer
 
 from fasttune_kernels import cpu_library
 from fasttune_kernels.arena import QUANTUM, WEIGHT_DTYPES, Arena, is_dense
+from fasttune_kernels.dispatch import why_no_triton
 from fasttune_kernels.ema_step import ema_step_
-from fasttune_kernels.jit import HAS_TRITON
 from fasttune_kernels.optimizer_step import optimizer_step_
 
 STATE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.uint8}
@@ -43,8 +43,8 @@ _RATE, _FACTOR, _KEEP, _CORRECTIONS, _EMA_REST = 0, 1, 2, slice(3, 5), 5
 def why_not(params: Sequence[nn.Parameter], *, eps: float, device_type: str) -> str | None:
     """Why `FusedAdamW` does not serve these weights on this kind of device, or is slower there than
     torch's own; None if it does."""
-    if device_type == "cuda" and not HAS_TRITON:
-        return "Triton is not installed"
+    if device_type == "cuda" and (reason := why_no_triton(params[0].device)):
+        return reason
     if device_type == "cpu" and not cpu_library.available():
         return cpu_library.reason()
     if device_type not in ("cuda", "cpu"):

@@ -118,12 +118,12 @@ def group_norm_silu_forward(
 
     Returns y (B, C + S, H, W), dense in `memory_format(x)`, and the statistics mean and rstd (B, G).
     """
+    if _launches(x) and x.numel() > 0:
+        flat, mean, rstd = launch_forward(x, skip, weight, bias, add, groups, eps, silu)
+        return _image(flat, x), mean, rstd
     y, mean, rstd = _allocate_forward(x, skip, groups)
     if y.numel() == 0:
         return y, mean.zero_(), rstd.zero_()
-    if _launches(x):
-        flat, mean, rstd = launch_forward(x, skip, weight, bias, add, groups, eps, silu)
-        return _image(flat, x), mean, rstd
     joint, dtype = _joint(x, skip, add), _accumulated(x)
     weight, bias = weight.to(dtype), bias.to(dtype)
     if _aten_fits(x):

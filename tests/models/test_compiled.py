@@ -8,14 +8,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from fasttune.errors import HardwareError
 from fasttune.models import compiled
 from fasttune.models.compiled import Compiler, compiler_for
 from fasttune.models.formulas import FORMULAS
 from fasttune.models.fused import fuse
-from fasttune.models.unet import ResnetBlock
+from fasttune.models.unet import ResnetBlock, TransformerBlock
 from fasttune.models.unet_config import read_unet_config
 
-BUCKETS = tuple((height, 12 - height) for height in range(1, 11))
+BUCKETS = tuple(range(1, 11))  # token counts
 """More than torch keeps of one function."""
 
 
@@ -44,17 +45,15 @@ class Counting:
 
 
 def trained_over_buckets(compiler: Compiler, rounds: int) -> list[Tensor]:
-    """The weight's gradient for each bucket in each round, of a small ResNet block."""
+    """The weight's gradient for each bucket in each round, of a small transformer block."""
     torch.manual_seed(0)
-    config = read_unet_config({"norm_num_groups": 2, "block_out_channels": [8] * 4})
-    block = ResnetBlock(8, 8, 5, config)
+    block = TransformerBlock(8, 5, 2)
     fuse(block, FORMULAS, compile=compiler)
     found = []
     for _ in range(rounds):
-        for height, width in BUCKETS:
-            x = torch.ones(1, 8, height, width).contiguous(memory_format=torch.channels_last)
-            block(x, torch.ones(1, 5)).square().sum().backward()
-            weight = block.conv1.weight
+        for tokens in BUCKETS:
+            block(torch.ones(1, tokens, 8), torch.ones(1, 3, 5)).square().sum().backward()
+            weight = block.attn1.to_q.weight
             assert weight.grad is not None
             found.append(weight.grad.clone())
             weight.grad = None
@@ -89,7 +88,7 @@ def test_without_code_of_their_own_the_ninth_graph_fails(monkeypatch: pytest.Mon
     """What `_own_code` is for. With fullgraph=True torch raises there, it does not run eagerly."""
     monkeypatch.setattr(compiled, "_own_code", lambda function, name: function)
     backend = Counting()
-    with pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
+    with pytest.raises(HardwareError, match="FailOnRecompileLimitHit"):
         trained_over_buckets(Compiler(backend=backend), rounds=1)
     assert backend.made == 2 * 8
 
@@ -127,8 +126,42 @@ def test_blocks_stops_where_auto_goes_on() -> None:
 
     function = Compiler(mode="blocks", backend=broken)(lambda x: x * 2, "one")
     for _ in range(2):
-        with pytest.raises(Exception, match="no compiler here"):
+        with pytest.raises(
+            HardwareError, match=r'one does not compile here .*no compiler here.*"off"'
+        ):
             function(torch.ones(1))
+
+
+def test_a_graph_that_was_not_made_is_no_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with TORCHDYNAMO_DISABLE, under which torch.compile returns what it was given."""
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    with pytest.raises(HardwareError, match="torch.compile made no graph"):
+        Compiler(mode="blocks")(lambda x: x * 2, "one")(torch.ones(1))
+    compiler = Compiler(mode="auto")
+    assert compiler(lambda x: x * 2, "one")(torch.ones(1)).item() == 2
+    assert compiler.graphs == [] and "made no graph" in str(compiler.given_up)
+
+
+def test_after_some_graphs_the_rest_runs_eagerly() -> None:
+    compiler = Compiler(mode="auto", backend="eager")
+    assert compiler(lambda x: x * 2, "one")(torch.ones(1)).item() == 2
+
+    def broken(graph: torch.fx.GraphModule, _: list[Tensor]) -> Callable[..., Any]:
+        raise RuntimeError("no compiler here")
+
+    compiler.backend = broken
+    assert compiler(lambda x: x * 3, "two")(torch.ones(1)).item() == 3
+    assert str(compiler).startswith("1 graphs in ")
+    assert str(compiler).endswith("; further ones run eagerly")
+
+
+def test_resnet_blocks_are_left_to_eager_mode() -> None:
+    config = read_unet_config({"norm_num_groups": 2, "block_out_channels": [8] * 4})
+    block = ResnetBlock(8, 8, 5, config)
+    compiler = Compiler(backend=Counting())
+    fuse(block, FORMULAS, compile=compiler)
+    block(torch.ones(1, 8, 3, 4), torch.ones(1, 5)).sum().backward()
+    assert compiler.graphs == [] and block.conv1.weight.grad is not None
 
 
 def test_a_cached_graph_is_of_these_operations(monkeypatch: pytest.MonkeyPatch) -> None:
