@@ -39,7 +39,7 @@ from fasttune.models.weights import (
 from fasttune.reconstruction import Reconstruction
 from fasttune.seeds import derive_seed
 from fasttune.step import Objective, Step
-from fasttune_kernels.dispatch import why_no_triton
+from fasttune_kernels.triton_probe import why_no_triton
 
 log = logging.getLogger(__name__)
 

@@ -46,6 +46,8 @@ CASES = [
     ("data.0.image_column=x", [(*SDXL, "data.captions=parquet")], SDXL, "data.0.captions"),
     ("data.0.caption_column=x", [(*SDXL, "data.captions=jsonl")], SDXL, "data.0.captions"),
     ("data.0.max_aspect=3", [SDXL], (*SDXL, "data.aspect_buckets=false"), "data.0.aspect_buckets"),
+    ("memory.activations=int8", [SDXL, FLUX], AUTOENCODER, "model.family"),
+    ("train.compile=blocks", [SDXL, FLUX], AUTOENCODER, "model.family"),
     ("train.caption_dropout=0.2", [SDXL, FLUX], AUTOENCODER, "model.family"),
     ("objective.logit_mean=1", [FLUX], SDXL, "model.family"),
     (

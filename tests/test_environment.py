@@ -81,6 +81,29 @@ def test_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())  # nothing is made before it is needed
 
 
+def test_no_cache_folder_without_a_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As in a container whose user has no entry: "~" stays as it is, and is no folder to make."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    environment.prepare()
+    assert not set(environment.CACHES) & os.environ.keys()
+
+
+def test_one_of_the_cache_folders_may_be_anothers(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    inductor = tmp_path / "fasttune" / "inductor"
+    inductor.mkdir(parents=True)
+    monkeypatch.setattr(
+        os, "access", lambda path, mode: path != inductor
+    )  # root may write anywhere
+    environment.prepare()
+    assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ
+    assert os.environ["TRITON_CACHE_DIR"] == str(tmp_path / "fasttune" / "triton")
+
+
 def test_no_cache_folder_that_cannot_be_written(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -26,9 +26,9 @@ from torch.optim import Optimizer
 
 from fasttune_kernels import cpu_library
 from fasttune_kernels.arena import QUANTUM, WEIGHT_DTYPES, Arena, is_dense
-from fasttune_kernels.dispatch import why_no_triton
 from fasttune_kernels.ema_step import ema_step_
 from fasttune_kernels.optimizer_step import optimizer_step_
+from fasttune_kernels.triton_probe import why_no_triton
 
 STATE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.uint8}
 

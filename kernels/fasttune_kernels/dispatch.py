@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.library import CustomOpDef
 
 from fasttune_kernels import cpu_library
-from fasttune_kernels.jit import HAS_TRITON
+from fasttune_kernels.triton_probe import why_no_triton
 
 Backend = Literal["triton", "torch"]
 
@@ -95,29 +95,6 @@ def runs_triton(x: Tensor) -> bool:
     if _forced is not None:
         return _forced == "triton"
     return x.is_cuda and why_no_triton(x.device) is None
-
-
-def why_no_triton(device: torch.device) -> str | None:
-    """Why Triton's kernels cannot be launched on a GPU; None if they can, or if the device is none."""
-    if not HAS_TRITON:
-        return "Triton is not installed"
-    return _launch_problem(device.index or 0) if device.type == "cuda" else None
-
-
-@cache
-def _launch_problem(index: int) -> str | None:
-    """What the smallest of the kernels says: there may be no C compiler for the code around it, or the GPU
-    may be one that Triton has nothing for. Once a process, half a second if it is not in the cache."""
-    from fasttune_kernels import gelu_tanh  # which imports this module
-
-    try:
-        gelu_tanh.launch_forward(torch.zeros(1, 16, device=torch.device("cuda", index)))
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # whatever a compiler or a driver can raise
-        said = next(filter(None, map(str.strip, str(error).splitlines())), "")
-        return f"{type(error).__name__}: {said}".removesuffix(": ")
-    return None
 
 
 def runs_cpp(x: Tensor) -> bool:

@@ -118,11 +118,6 @@ def gelu_tanh_forward(x: Tensor) -> Tensor:
     """(..., I) -> (..., I), contiguous."""
     if not _launches(x):
         return F.gelu(x, approximate="tanh").contiguous()
-    return launch_forward(x)
-
-
-def launch_forward(x: Tensor) -> Tensor:
-    """The same by the kernel, wherever x is."""
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     x, width = as_tokens(x), x.shape[-1]
     config = GeluTanhConfig.from_heuristic(width, x.element_size(), arch(x.device))

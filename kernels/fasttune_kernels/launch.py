@@ -34,6 +34,7 @@ OP_FILES: tuple[str, ...] = (
     "qk_norm_rope_kernels",
     "quantize_rows",
     "short_attention",
+    "triton_probe",
 )
 """Modules of this package that have LAUNCHES."""
 

@@ -21,14 +21,14 @@ def test_which_class_serves(weights: Callable, monkeypatch: pytest.MonkeyPatch) 
         with chunked_as_on(kind):
             return type(build_optimizer("adamw", weights(dtype), **{**OPTIONS, **options}))
 
-    monkeypatch.setattr(fused_adamw, "HAS_TRITON", True)
+    monkeypatch.setattr(fused_adamw, "why_no_triton", lambda device: None)
     monkeypatch.setattr(cpu_library, "available", lambda: True)
     assert built("cuda") is built("cpu") is built("cpu", torch.bfloat16) is FusedAdamW
     assert built("mps") is torch.optim.AdamW and built("mps", torch.float16) is NarrowAdamW
     assert built("cpu", eps=0.0) is torch.optim.AdamW
     with pytest.raises(HardwareError, match='state_dtype = "bf16" does not work'):
         built("mps", state_dtype="bf16")
-    monkeypatch.setattr(fused_adamw, "HAS_TRITON", False)
+    monkeypatch.setattr(fused_adamw, "why_no_triton", lambda device: "no C compiler")
     monkeypatch.setattr(cpu_library, "available", lambda: False)
     assert built("cuda") is built("cpu") is torch.optim.AdamW
     assert built("cuda", torch.bfloat16) is built("cpu", torch.bfloat16) is NarrowAdamW
