@@ -61,7 +61,7 @@ from fasttune.models.unet import ResnetBlock, TransformerBlock
 from fasttune.models.unet_config import read_unet_config
 from fasttune.models.weights import set_tensor
 
-VERSIONS = ("torch",)
+VERSIONS = ("torch", "triton")
 RANK = 16
 SMALL = 0.0005
 """u below which tensors are summed up in one line."""

@@ -1,7 +1,7 @@
 """FLOPs, bytes and launches of whatever runs inside, op by op, on real or fake tensors.
 
-An op is one dispatched operation that is no view. It counts as one launch (a multi-tensor op, and one
-of fasttune's own, may take a few), reads its inputs and writes its outputs once, and takes the FLOPs of
+An op is one dispatched operation that is no view. It counts as one launch (a multi-tensor op may take a
+few; of fasttune's own, own_launches.py finds how many), reads its inputs and writes its outputs once, and takes the FLOPs of
 torch's counter: 2 a multiply-add in matrix products, convolutions and attention, none elsewhere. Those
 of fasttune's own are in FLOPS. So the bytes are those of eager execution without caches; what an op
 writes and reads again for itself is left out.
@@ -20,7 +20,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from benchmarks.roofline import OpCost
-from benchmarks.static.kinds import kind_of
+from benchmarks.static.kinds import is_own, kind_of
+from benchmarks.static.own_launches import launches_of
 from fasttune_kernels.attention import backward_flops, forward_flops
 
 aten = torch.ops.aten
@@ -73,6 +74,7 @@ FLOPS: dict[str, Callable[[Named], int]] = {
     "fasttune::attention_backward": lambda a: backward_flops(a["q"].shape, a["k"].shape),
     "fasttune::lora_linear_forward": _lora_linear,
     "fasttune::lora_linear_backward": _lora_linear_backward,
+    "fasttune::lora_linear_backward_into": lambda a: _lora_linear_backward({**a, "wants_x": True}),
 }
 """Of fasttune's operations that have products in them."""
 
@@ -80,7 +82,7 @@ FLOPS: dict[str, Callable[[Named], int]] = {
 def _unread(name: str, a: Named) -> tuple[str, ...]:
     """Arguments that are there for their shapes alone."""
     reads_input = a.get("lora_A") is not None or a.get("wants_weight")
-    if name == "fasttune::lora_linear_backward" and not reads_input:
+    if name.startswith("fasttune::lora_linear_backward") and not reads_input:
         return "x", "x2"
     return ()
 
@@ -133,7 +135,7 @@ class CountCosts(TorchDispatchMode):
         c = self.costs
         c.flops += flops
         c.bytes += read + written
-        c.launches[kind] += 1
+        c.launches += launches_of(func, args, kwargs) if is_own(func) else Counter([kind])
         c.ops.append(OpCost(kind=kind, flops=flops, bytes=read + written, dtype=_dtype(args)))
 
 

@@ -50,6 +50,7 @@ KERNELS = ("fasttune", "fasttune_kernels")
 _PRODUCTS: dict[str, Kind] = {
     "lora_linear_forward": "gemm",
     "lora_linear_backward": "gemm",
+    "lora_linear_backward_into": "gemm",
     "attention_forward": "attention",
     "attention_backward": "attention",
 }

@@ -26,6 +26,7 @@ from benchmarks.static.stand_in import Like
 from fasttune.memory.tensors import tensors_in
 from fasttune.memory.trace import MemoryTrace, Scratch
 from fasttune_kernels import attention_dispatch, dispatch
+from fasttune_kernels.jit import HAS_TRITON
 
 ARCH = "sm_89"
 PROCESSORS = 128
@@ -36,8 +37,9 @@ BACKENDS = frozenset({"short", "flash", "efficient", "own_flash"})
 
 def launches_of(op: OpOverload, args: Any, kwargs: Any) -> Counter[str]:
     """By kind: "custom" are Triton kernels, all others operations of torch inside of ours. Of tensors only
-    shapes, strides and dtypes are looked at. An operation without a body of Python is one launch."""
-    if op.name() not in OPDEFS:
+    shapes, strides and dtypes are looked at. An operation without a body of Python is one launch, and so is
+    any of ours where Triton is not installed."""
+    if op.name() not in OPDEFS or not HAS_TRITON:
         return Counter([kind_of(op)])
     leaves, structure = tree_flatten((args, kwargs))
     described = tuple(Like.of(x) if isinstance(x, Tensor) else x for x in leaves)
@@ -49,7 +51,7 @@ def scratch_of(rounding: Callable[[int], int], *, backend: dispatch.Backend = "t
     our kernels or with PyTorch's operations in their place."""
 
     def scratch(op: OpOverload, args: Any, kwargs: Any) -> int:
-        if op.name() not in OPDEFS:
+        if op.name() not in OPDEFS or (backend == "triton" and not HAS_TRITON):
             return 0
         leaves, structure = tree_flatten((args, kwargs))
         described = tuple(Like.of(x) if isinstance(x, Tensor) else x for x in leaves)
@@ -67,9 +69,7 @@ def _allocated(
     backend: dispatch.Backend,
 ) -> int:
     with unset_fake_temporarily(), torch.no_grad():
-        args, kwargs = tree_unflatten(
-            [_without_memory(x) if isinstance(x, Like) else x for x in leaves], structure
-        )
+        args, kwargs = _given(leaves, structure)
         trace = MemoryTrace(rounding=rounding, device_type="meta")
         trace.label("inputs", tensors_in([args, kwargs]))
         given = trace.live
@@ -81,12 +81,18 @@ def _allocated(
 
 @cache
 def _launches(name: str, leaves: tuple[Any, ...], structure: Any) -> Counter[str]:
-    args, kwargs = tree_unflatten(
-        [_without_memory(x) if isinstance(x, Like) else x for x in leaves], structure
-    )
-    with _noted() as found:
-        OPDEFS[name]._init_fn(*args, **kwargs)
+    with unset_fake_temporarily(), torch.no_grad():
+        args, kwargs = _given(leaves, structure)
+        with _noted() as found:
+            OPDEFS[name]._init_fn(*args, **kwargs)
     return found
+
+
+def _given(leaves: tuple[Any, ...], structure: Any) -> tuple[Any, Any]:
+    """Arguments with tensors without memory."""
+    made = [_without_memory(x) if isinstance(x, Like) else x for x in leaves]
+    args, kwargs = tree_unflatten(made, structure)
+    return args, kwargs
 
 
 def _without_memory(like: Like) -> Tensor:

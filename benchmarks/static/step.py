@@ -30,7 +30,7 @@ from fasttune.memory.activations import Choice
 from fasttune.models.fused import unfuse
 from fasttune.rehearsal import Rehearsal, gpu_placement, rehearse
 
-VERSIONS = ("torch",)
+VERSIONS = ("torch", "triton")
 GIB = 2**30
 
 Activations = Choice | Mapping[Any, Choice]
