@@ -121,6 +121,7 @@ bool fill(const float* values, Codebook& book) {
   namespace name {            \
   namespace {
 #define END_TILE_FUNCTIONS }}
+#define INLINE inline __attribute__((always_inline))
 
 #ifdef __x86_64__
 #define FMA(a, b, c) ((a) * (b) + (c))
