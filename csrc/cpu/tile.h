@@ -4,10 +4,12 @@
 //
 // All arithmetic is in float32 on tiles that stay in the first-level cache. float32 tensors are worked on
 // where they are; others are widened into a buffer, and rounded or quantized out of it. So the loops are
-// one for each type, and not one for each combination of types.
+// one for each type, and not one for each combination of types. Rounding and average go piece by piece.
 //
 // Operations come in the order of the PyTorch path (optimizer_step.py), and contraction is off, so that
 // both agree to the last bit or two. The random numbers are the same.
+
+constexpr int PIECE = WIDTH;  // elements that are rounded and averaged while they are in registers
 
 inline float as_float(uint32_t bits) {
   float x;
@@ -23,12 +25,14 @@ inline uint32_t as_bits(float x) {
 
 // -- 16-bit types ---------------------------------------------------------------------------------
 
+template <int COUNT>
 void widen_bf16(const uint16_t* from, float* to) {
-  for (int i = 0; i < BLOCK; ++i) to[i] = as_float(uint32_t(from[i]) << 16);
+  for (int i = 0; i < COUNT; ++i) to[i] = as_float(uint32_t(from[i]) << 16);
 }
 
+template <int COUNT>
 void widen_fp16(const uint16_t* from, float* to) {
-  for (int i = 0; i < BLOCK; ++i) {
+  for (int i = 0; i < COUNT; ++i) {
     const uint32_t sign = uint32_t(from[i] & 0x8000) << 16, rest = uint32_t(from[i] & 0x7fff) << 13;
     const uint32_t finite = rest + (112u << 23);  // the exponents' biases are 112 apart
     const uint32_t normal = rest >= (31u << 23) ? finite + (112u << 23) : finite;  // inf, NaN
@@ -52,34 +56,35 @@ inline uint32_t nearest_fp16(uint32_t bits) {
 }
 
 // The three below also leave in `x` what they store.
-void round_bf16(float* x, uint16_t* to) {
-  for (int i = 0; i < BLOCK; ++i) {
+INLINE void round_bf16(float* x, uint16_t* to) {
+  for (int i = 0; i < PIECE; ++i) {
     const uint32_t rounded = nearest_bf16(as_bits(x[i]));
     to[i] = uint16_t(rounded);
     x[i] = as_float(rounded << 16);
   }
 }
 
-// Up with the probability of the part that is cut off; the random bits are 16 of `words` from `shift` on.
-void round_bf16_stochastic(float* x, uint16_t* to, const uint32_t* words, int shift) {
-  for (int i = 0; i < BLOCK; ++i) {
-    const uint32_t bits = as_bits(x[i]), nearest = nearest_bf16(bits);
-    const uint32_t random = (bits + ((words[i] >> shift) & 0xffff)) >> 16;
-    const uint32_t rounded = (bits & 0x7f800000) == 0x7f800000 ? nearest : random;
-    to[i] = uint16_t(rounded);
-    x[i] = as_float(rounded << 16);
+// Up with the probability of the part that is cut off; the random bits are a half of `words`.
+template <bool HIGH>
+INLINE void round_bf16_stochastic(float* x, uint16_t* to, const uint32_t* words) {
+  for (int i = 0; i < PIECE; ++i) {
+    const uint32_t bits = as_bits(x[i]);  // of infinity the lower half is zeros, and nothing carries
+    const uint32_t sum = bits + (HIGH ? words[i] >> 16 : words[i] & 0xffff);
+    const uint32_t rounded = x[i] == x[i] ? sum & 0xffff0000 : 0x7fc00000;
+    to[i] = uint16_t(rounded >> 16);
+    x[i] = as_float(rounded);
   }
 }
 
 void round_fp16(float* x, uint16_t* to) {
-  for (int i = 0; i < BLOCK; ++i) to[i] = uint16_t(nearest_fp16(as_bits(x[i])));
-  widen_fp16(to, x);
+  for (int i = 0; i < PIECE; ++i) to[i] = uint16_t(nearest_fp16(as_bits(x[i])));
+  widen_fp16<PIECE>(to, x);
 }
 
 void widen(const void* from, int dtype, float* to) {
   if (dtype == FLOAT32) std::memcpy(to, from, BLOCK * sizeof(float));
-  if (dtype == BFLOAT16) widen_bf16(static_cast<const uint16_t*>(from), to);
-  if (dtype == FLOAT16) widen_fp16(static_cast<const uint16_t*>(from), to);
+  if (dtype == BFLOAT16) widen_bf16<BLOCK>(static_cast<const uint16_t*>(from), to);
+  if (dtype == FLOAT16) widen_fp16<BLOCK>(static_cast<const uint16_t*>(from), to);
 }
 
 // -- random bits: arena.py --------------------------------------------------------------------------
@@ -87,28 +92,42 @@ void widen(const void* from, int dtype, float* to) {
 // Words are in lanes of 64 bits, of which the upper half is anything: for these there is an instruction
 // that multiplies the lower halves.
 typedef uint64_t Words __attribute__((vector_size(WIDTH)));
-typedef uint32_t Halves __attribute__((vector_size(WIDTH / 2)));
 
 void random_words(uint64_t seed, uint32_t stream, int64_t tile, uint32_t* words) {
   constexpr int COUNT = WIDTH / 8;
-  const uint64_t first = uint64_t(tile) * QUANTUM;
-  Words counter;
-  for (int i = 0; i < COUNT; ++i) counter[i] = first + i;
-  for (int begin = 0; begin < QUANTUM; begin += COUNT, counter += COUNT) {
-    Words c[4] = {counter, counter >> 32, Words{} + stream, Words{}};
-    uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
-    for (int round = 0; round < PHILOX_ROUNDS; ++round) {
-      const Words p0 = PRODUCT(c[0], 0xD2511F53), p2 = PRODUCT(c[2], 0xCD9E8D57);
-      c[0] = (p2 >> 32) ^ c[1] ^ k0;
-      c[2] = (p0 >> 32) ^ c[3] ^ k1;
-      c[1] = p2;
-      c[3] = p0;
-      k0 += 0x9E3779B9;
-      k1 += 0xBB67AE85;
+  const uint64_t first = uint64_t(tile) * QUANTUM, low = 0xffffffff;
+  uint64_t keys[PHILOX_ROUNDS][2];
+  for (int round = 0; round < PHILOX_ROUNDS; ++round) {
+    keys[round][0] = uint32_t(seed) + round * 0x9E3779B9u;
+    keys[round][1] = uint32_t(seed >> 32) + round * 0xBB67AE85u;
+  }
+  // Counters of a tile differ in the first of four words alone: half of the first two rounds is the same for
+  // all of them.
+  const uint64_t second = stream * 0xCD9E8D57ull, c0 = (second >> 32) ^ (first >> 32) ^ keys[0][0];
+  const uint64_t third = c0 * 0xD2511F53ull;
+  Words even;
+  for (int i = 0; i < COUNT; ++i) even[i] = first + 2 * i;
+  for (int begin = 0; begin < QUANTUM; begin += 2 * COUNT, even += 2 * COUNT) {
+    Words c[2][4];
+    for (int odd = 0; odd < 2; ++odd) {
+      const Words p0 = PRODUCT(even + odd, 0xD2511F53);
+      const Words p2 = PRODUCT((p0 >> 32) ^ keys[0][1], 0xCD9E8D57);
+      c[odd][0] = (p2 >> 32) ^ ((second & low) ^ keys[1][0]);
+      c[odd][1] = p2;
+      c[odd][2] = p0 ^ ((third >> 32) ^ keys[1][1]);
+      c[odd][3] = Words{} + (third & low);
     }
+    for (int round = 2; round < PHILOX_ROUNDS; ++round)
+      for (auto& w : c) {
+        const Words p0 = PRODUCT(w[0], 0xD2511F53), p2 = PRODUCT(w[2], 0xCD9E8D57);
+        w[0] = (p2 >> 32) ^ w[1] ^ keys[round][0];
+        w[2] = (p0 >> 32) ^ w[3] ^ keys[round][1];
+        w[1] = p2;
+        w[3] = p0;
+      }
     for (int quarter = 0; quarter < 4; ++quarter) {
-      const Halves low = __builtin_convertvector(c[quarter], Halves);
-      std::memcpy(words + quarter * QUANTUM + begin, &low, sizeof low);
+      const Words both = (c[0][quarter] & low) | (c[1][quarter] << 32);
+      std::memcpy(words + quarter * QUANTUM + begin, &both, sizeof both);
     }
   }
 }
@@ -156,11 +175,11 @@ void adamw(float* __restrict w, const float* __restrict grad, float* __restrict 
 }
 
 // As torch.lerp, which is exact at both ends.
-void lerp(float* average, const float* w, float share) {
+INLINE void lerp(float* average, const float* w, float share) {
   if (std::fabs(share) < 0.5f)
-    for (int i = 0; i < BLOCK; ++i) average[i] = FMA(share, w[i] - average[i], average[i]);
+    for (int i = 0; i < PIECE; ++i) average[i] = FMA(share, w[i] - average[i], average[i]);
   else
-    for (int i = 0; i < BLOCK; ++i) average[i] = FMA(share - 1, w[i] - average[i], w[i]);
+    for (int i = 0; i < PIECE; ++i) average[i] = FMA(share - 1, w[i] - average[i], w[i]);
 }
 
 // The elements of a tensor that belong to a tile, in float32, and zeros: where they are, if they are a
@@ -208,17 +227,18 @@ void step_tile(const Step& s, int64_t tensor, int64_t begin, const Numbers& n) {
   float* w = tile_of(weight, dtype, count, w_buffer);
   const float* g = tile_of(grad, grad_dtype, count, g_buffer);
   float *m = m_buffer, *v = v_buffer;
+  float *m_absmax = s.m_absmax + at / QUANTUM, *v_absmax = s.v_absmax + at / QUANTUM;
   uint8_t *m_codes = static_cast<uint8_t*>(s.m) + at, *v_codes = static_cast<uint8_t*>(s.v) + at;
   uint16_t *m_bf16 = static_cast<uint16_t*>(s.m) + at, *v_bf16 = static_cast<uint16_t*>(s.v) + at;
   if (s.state_dtype == FLOAT32) {
     m = static_cast<float*>(s.m) + at;
     v = static_cast<float*>(s.v) + at;
   } else if (s.state_dtype == BFLOAT16) {
-    widen_bf16(m_bf16, m);
-    widen_bf16(v_bf16, v);
+    widen_bf16<BLOCK>(m_bf16, m);
+    widen_bf16<BLOCK>(v_bf16, v);
   } else {
-    dequantize(m_codes, s.m_absmax + at / QUANTUM, s.m_map, m);
-    dequantize(v_codes, s.v_absmax + at / QUANTUM, s.v_map, v);
+    dequantize(m_codes, m_absmax, s.m_map, m);
+    dequantize(v_codes, v_absmax, s.v_map, v);
   }
   uint16_t* compensation = s.compensation == nullptr ? nullptr : s.compensation + at;
   if (compensation != nullptr) {
@@ -231,38 +251,44 @@ void step_tile(const Step& s, int64_t tensor, int64_t begin, const Numbers& n) {
 
   if (s.state_dtype == BFLOAT16) {
     random_words(n.seed, 1, tile, words);
-    round_bf16_stochastic(m, m_bf16, words, 16);
-    round_bf16_stochastic(v, v_bf16, words, 0);
+    for (int i = 0; i < BLOCK; i += PIECE) {
+      round_bf16_stochastic<true>(m + i, m_bf16 + i, words + i);
+      round_bf16_stochastic<false>(v + i, v_bf16 + i, words + i);
+    }
   } else if (s.state_dtype == UINT8) {
-    quantize(m, m_codes, s.m_absmax + at / QUANTUM, *n.m_book);
-    quantize(v, v_codes, s.v_absmax + at / QUANTUM, *n.v_book);
+    quantize(m, m_codes, m_absmax, *n.m_book);
+    quantize(v, v_codes, v_absmax, *n.v_book);
   }
   const bool stochastic = s.rounding == STOCHASTIC && dtype == BFLOAT16;
   if (stochastic || (s.ema != nullptr && s.ema_dtype == BFLOAT16))
     random_words(n.seed, 0, tile, words);
-  if (dtype != FLOAT32) {
-    float* exact = g_buffer;  // the gradient has been used
-    if (compensation != nullptr) std::memcpy(exact, w, sizeof g_buffer);
-    uint16_t* to = count == BLOCK ? reinterpret_cast<uint16_t*>(weight) : part;
-    if (dtype == FLOAT16) round_fp16(w, to);
-    else if (stochastic) round_bf16_stochastic(w, to, words, 0);
-    else round_bf16(w, to);
+
+  uint16_t* to = count == BLOCK ? reinterpret_cast<uint16_t*>(weight) : part;
+  float* average = static_cast<float*>(s.ema) + at;
+  uint16_t* average_bf16 = static_cast<uint16_t*>(s.ema) + at;
+  for (int i = 0; i < BLOCK; i += PIECE) {
+    alignas(64) float exact[PIECE], wide[PIECE];
+    if (compensation != nullptr) std::memcpy(exact, w + i, sizeof exact);
+    if (dtype == FLOAT16) round_fp16(w + i, to + i);
+    else if (stochastic) round_bf16_stochastic<false>(w + i, to + i, words + i);
+    else if (dtype == BFLOAT16) round_bf16(w + i, to + i);
     if (compensation != nullptr) {
-      for (int i = 0; i < BLOCK; ++i) exact[i] -= w[i];
-      round_bf16(exact, compensation);
+      for (int j = 0; j < PIECE; ++j) exact[j] -= w[i + j];
+      round_bf16(exact, compensation + i);
     }
-    if (count < BLOCK) std::memcpy(weight, part, count * 2);
-  } else {
-    if (compensation != nullptr) std::memset(compensation, 0, BLOCK * 2);
-    if (reinterpret_cast<char*>(w) != weight) std::memcpy(weight, w, count * sizeof(float));
+    if (s.ema == nullptr) continue;
+    if (s.ema_dtype == FLOAT32) {
+      lerp(average + i, w + i, n.ema_share);
+    } else {
+      widen_bf16<PIECE>(average_bf16 + i, wide);
+      lerp(wide, w + i, n.ema_share);
+      round_bf16_stochastic<true>(wide, average_bf16 + i, words + i);
+    }
   }
-  if (s.ema != nullptr && s.ema_dtype == FLOAT32) {
-    lerp(static_cast<float*>(s.ema) + at, w, n.ema_share);
-  } else if (s.ema != nullptr) {
-    uint16_t* average = static_cast<uint16_t*>(s.ema) + at;
-    widen_bf16(average, m_buffer);
-    lerp(m_buffer, w, n.ema_share);
-    round_bf16_stochastic(m_buffer, average, words, 16);
+  if (dtype != FLOAT32) {
+    if (count < BLOCK) std::memcpy(weight, part, count * 2);
+  } else if (reinterpret_cast<char*>(w) != weight) {
+    std::memcpy(weight, w, count * sizeof(float));
   }
 }
 
