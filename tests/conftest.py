@@ -12,10 +12,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from fasttune import environment
+
 ROOT = Path(__file__).parents[1]
 
 # Before triton is imported: its kernels run on the CPU in every test.
 os.environ["TRITON_INTERPRET"] = "1"
+os.environ.setdefault(environment.AOTRITON, "1")
+if "PYTEST_XDIST_WORKER" in os.environ:  # one process a core: threads of torch's would share them
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def load_module(path: Path) -> ModuleType:

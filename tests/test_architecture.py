@@ -61,7 +61,7 @@ ALLOWED = {
     "fasttune/reconstruction.py": {"fasttune.errors", "fasttune.losses", "fasttune.seeds"},
     "fasttune/checkpoint.py": {"fasttune.errors", "fasttune.tensor_files"},
     "fasttune/tensor_files.py": {"fasttune.errors"},
-    **{f"{name.replace('.', '/')}.py": CONFIG | {"fasttune.errors"} for name in CONFIG},
+    **{f"{name.replace('.', '/')}.py": CONFIG | {"fasttune.errors"} for name in sorted(CONFIG)},
 }
 
 LIGHT = {f"{name.replace('.', '/')}.py" for name in CONFIG} | {
