@@ -13,8 +13,9 @@ channels_last. Of the fused block, by what its policy does with the tensors it k
                      are gone by then, unless saved, and so is their gradient once it is used.
                      What a kernel allocates for itself is not seen.
   int8_u             all rounded to int8
-  mixed_u            by the table in "mixed": for a transformer of a U-Net, what comes to 55 % of
-                     min_cut_u by recomputing one product and rounding two tensors
+  mixed_u            by the table in "mixed", which comes to 55 % of min_cut_u where saving all does not:
+                     in a transformer of a U-Net one product is recomputed and two tensors rounded, in a
+                     Flux block the MLP's first product is recomputed
   recompute_u        none kept, all computed again
   ..._backward_peak_u of each
   tensors            what makes up saved_u: count, shape, dtype, u of each, operation
@@ -69,6 +70,7 @@ SMALL = 0.0005
 POLICIES = {"": Policy(), "int8": Policy("int8"), "recompute": Policy("recompute")}
 """Prefix of the columns -> what becomes of kept tensors."""
 MIXED = Policy(choices={"mlp": "int8", "qkv": "int8", "query": "recompute"})
+FLUX_MIXED = Policy(choices={"mlp": "recompute"})
 
 Formulas = Mapping[type[layers.Block], Formula]
 
@@ -118,6 +120,7 @@ def _flux() -> Iterator[Kind]:
             vector,
             *tables,
         ),
+        mixed=FLUX_MIXED,
     )
     yield Kind(
         name="flux single",
@@ -125,6 +128,7 @@ def _flux() -> Iterator[Kind]:
         place="single_transformer_blocks",
         build=lambda: SingleBlock(width, heads),
         inputs=(Input((1, text + image, width), "always"), vector, *tables),
+        mixed=FLUX_MIXED,
     )
 
 
