@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.static import codegen, gates, host, python_calls, versions
+from benchmarks.static import codegen, gates, host, python_calls, step, versions
 from benchmarks.static import expected as e
 from benchmarks.static.versions import CPU_LIBRARY
 from fasttune.errors import FasttuneError
@@ -153,7 +153,7 @@ def test_other_versions_are_not_compared_and_fail_when_strict(
 def test_a_library_that_is_not_built_is_another_version(
     run: Run, repository: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert CPU_LIBRARY in host.VERSIONS and CPU_LIBRARY in python_calls.VERSIONS
+    assert all(CPU_LIBRARY in each.VERSIONS for each in (host, python_calls, step))
     found = [gates.Outcome("memory", {"memory": with_peak(1.0)}, ("torch", CPU_LIBRARY), 0.0)]
     monkeypatch.setattr(gates, "installed_versions", lambda: {**VERSIONS, CPU_LIBRARY: "absent"})
     expectation = e.read(repository / "benchmarks/expected/static.json")
