@@ -101,6 +101,23 @@ def test_base_is_the_revision_and_head_the_working_tree(repository: Path) -> Non
     assert not folder.exists()
 
 
+def test_false_alarms_need_a_repository(tmp_path: Path) -> None:
+    for folder in ("benchmarks", "fasttune", "kernels"):
+        ignored = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=ignored)
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.false_alarms"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path / "kernels")},
+        text=True,
+        capture_output=True,
+        check=False,
+    )
+    assert done.returncode == 2 and not done.stdout
+    assert done.stderr.startswith(f"error: {tmp_path} is not a git repository that can be read")
+    assert "Traceback" not in done.stderr
+
+
 def test_nothing_is_left_after_ctrl_c(repository: Path) -> None:
     before = git(repository, "status", "--porcelain", "--ignored")
     with pytest.raises(KeyboardInterrupt), side_by_side("HEAD", root=repository) as beside:
