@@ -35,7 +35,8 @@ GATES = {
     "python_calls": ("python_calls",),
     "codegen": ("codegen",),
 }
-"""Module -> the gates its rows belong to, the slowest first. A row of several names its own."""
+"""Module -> the gates its rows belong to. A row of several names its own. The slowest is first, but for
+codegen, which compiles only what changed and a twentieth of the rest."""
 DONE = "done"
 """Marks the last row of a module, so that one without cases is not taken for a failure."""
 FRESH = "--fresh"
