@@ -32,6 +32,7 @@ from benchmarks.ab_rounds import (
     run_round,
     series,
 )
+from benchmarks.gpu.step_cases import parse
 from benchmarks.harness import Row, machine, terminable, write_rows
 from benchmarks.revisions import Beside, side_by_side
 from benchmarks.verdicts import (
@@ -48,9 +49,13 @@ from fasttune.errors import FasttuneError, HardwareError
 LOOP = ("benchmarks.ab_workloads.loop", "--inputs", "{inputs}")
 STEPS = ("benchmarks.gpu.steps", "--steps", "12", "--plan", "none")  # no plan: MFU is not compared
 STEP_CASES = (
+    "flux lora bf16 recompute b1 1024 compile",
+    "sdxl lora bf16 recompute b1 1024 compile",
     "flux lora bf16 recompute b1 1024 eager",
     "sdxl lora bf16 recompute b1 1024 eager",
 )
+"""Compiled as on a user's GPU, where train.compile is "auto"; eager ones show what the compiler hides."""
+SMOKE_ROUNDS = 2
 
 SUITES = {
     "loop": Workload(
@@ -138,14 +143,18 @@ def workload_of(args: argparse.Namespace) -> Workload:
     if args.suite == "steps":
         smoke = ("--smoke",) if args.smoke else ()
         cases = args.case or STEP_CASES
+        for case in cases:
+            parse(case).config()  # refuses what is no case before a process does
         commands = tuple((*STEPS, "--case", case, *smoke) for case in cases)
         if not args.smoke and not _has_gpu():
             raise HardwareError(
                 "suite steps needs a GPU that torch can use, and there is none. Without one there "
                 "are --suite loop, and --smoke to see that everything is in place"
             )
-        limits = "step_ms:3%" if args.smoke else workload.limits  # a CPU's allocator has no peak
-        workload = replace(workload, commands=commands, limits=limits)
+        workload = replace(workload, commands=commands)
+        if args.smoke:  # a CPU's allocator has no peak
+            few = {"rounds": SMOKE_ROUNDS, "max_rounds": SMOKE_ROUNDS}
+            workload = replace(workload, limits="step_ms:3%", **few)
     elif args.case or args.smoke:
         raise FasttuneError("--case and --smoke belong to --suite steps")
     rounds = workload.rounds if args.rounds is None else args.rounds

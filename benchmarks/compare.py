@@ -207,7 +207,10 @@ def _ratio(metric: str, base: Measured, head: Measured) -> Ratio:
     if of_base and of_head and min(*of_base, *of_head) > 0:
         if is_clocked(metric) or len({*of_base, *of_head}) > 1:
             return ratio_of(of_head, of_base, paired=False)
-    return exact(head.values[metric], base.values[metric])
+    ratio = exact(head.values[metric], base.values[metric])
+    if is_clocked(metric) and ratio.value != 1 and not (of_base and of_head):
+        return Ratio(ratio.value, 0.0, float("inf"))  # as of a single round
+    return ratio
 
 
 def exact(head: float, base: float) -> Ratio:

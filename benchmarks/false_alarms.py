@@ -17,8 +17,12 @@ from benchmarks.ab import SUITES, Result, measure, prepare
 from benchmarks.harness import RESULTS, Row, machine, machine_name, terminable, write_rows
 from benchmarks.revisions import side_by_side
 from benchmarks.verdicts import parse_limits
+from fasttune.errors import FasttuneError
 
 SUITE = "loop"
+HEAD = (
+    "| run | rounds | metric | ratio | 95 % | verdict |\n| ---: | ---: | --- | ---: | ---: | --- |"
+)
 
 
 def main() -> None:
@@ -34,10 +38,8 @@ def main() -> None:
         workload = replace(workload, rounds=args.rounds, max_rounds=args.rounds)
     limits = parse_limits(workload.limits)
     results: list[Result] = []
-    print(
-        "| run | rounds | metric | ratio | 95 % | verdict |\n| ---: | ---: | --- | ---: | ---: | --- |"
-    )
     with terminable(), side_by_side("HEAD", "HEAD") as beside:
+        print(HEAD)
         prepare(SUITE, beside)
         for number in range(1, args.runs + 1):
             results.append(measure(beside, workload, limits))
@@ -84,4 +86,8 @@ def row_of(results: Sequence[Result]) -> Row:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except FasttuneError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -81,7 +81,7 @@ def machine() -> Row:
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": _git("rev-parse", "--short=12", "HEAD") or "unknown",
-        "changed_files": len(_git("status", "--porcelain", "-uno").splitlines()),
+        "changed_files": changed_files(),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "cpu": cpu_model(),
@@ -90,6 +90,14 @@ def machine() -> Row:
         "gpu": gpu,
         "load_average": round(os.getloadavg()[0], 2),
     }
+
+
+def changed_files() -> int:
+    """Tracked files that are not as in the commit. Results are left out: each row that a run writes
+    there would count as a change to its next one."""
+    results = RESULTS.relative_to(ROOT).as_posix()
+    status = _git("status", "--porcelain", "-uno", "--", ".", f":(exclude){results}")
+    return len(status.splitlines())
 
 
 def machine_name(facts: Row) -> str:

@@ -156,6 +156,8 @@ def _read_file(path: Path, reading: Reading) -> None:
     except OSError as error:
         reading.odd.append(Odd(shortened(path), f"cannot be read: {error.strerror}"))
         return
+    if not any(line.strip() for line in lines):
+        reading.odd.append(Odd(shortened(path), "has no rows"))
     for index, line in enumerate(lines, start=1):
         place = f"{shortened(path)}:{index}"
         if not line.strip():

@@ -95,8 +95,8 @@ def commit_of(revision: str, root: Path = ROOT) -> str:
     inside = git(root, "rev-parse", "--is-shallow-repository")
     if inside.returncode != 0:
         raise RevisionError(
-            f"{root} is not a git repository that can be read, and `--base {revision}` is a "
-            f"revision of one: clone the repository with git\n{inside.stderr.strip()}".rstrip()
+            f"{root} is not a git repository that can be read, and {revision} is a revision of one: "
+            f"clone the repository with git\n{inside.stderr.strip()}".rstrip()
         )
     advice = "`git log` and `git branch -a` name those that there are"
     if inside.stdout.strip() == "true":

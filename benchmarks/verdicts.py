@@ -3,8 +3,9 @@ it passes a limit.
 
 The rule, for a metric whose limit is L (`step_ms:3%`: L = 0.03) and whose ratio head / base is r:
 
-- Without samples, or with samples that never vary (bytes, counts), a number is exact. It fails when
-  it is worse by more than L.
+- A count or a size, or samples that never vary, are exact. They fail when worse by more than L.
+- What a clock gave (times, rates, shares of a rate) and stands alone, without samples, tells nothing
+  of its spread: unless both are equal, it is "inconclusive: more rounds" whatever r is.
 - With samples r has a 95 % bootstrap interval [low, high] of half-width h. It fails when the change
   is real, low > 1, and one of L's size cannot be excluded, high >= 1 + L. It is ok when high < 1 + L,
   also where a small change is real. Otherwise nothing can be said: "inconclusive: more rounds".
@@ -49,7 +50,7 @@ LOWER: tuple[str, ...] = (
 LOWER += ("*launches", "*graphs", "*graph_breaks", "*recompiles", "*registers", "*spills")
 """Metrics by the unit or the count at the end of their name. Nothing is known of others."""
 
-CLOCKED = ("us", "*_us", "*_ms", "*_s", "*mfu", "*fraction", "fraction_*", "ratio")
+CLOCKED = ("us", "*_us", "*_ns", "*_ms", "*_s", "*mfu", "*fraction", "fraction_*", "ratio")
 """Metrics that a clock gave: a number of them alone says nothing of its spread."""
 
 BAD = {"fits": False, "passed": False, "losses_agree": False, "loss_curve": "differs"}
@@ -125,6 +126,8 @@ class Change:
     def outcome(self) -> Outcome:
         """By the rule above; without a limit, what is seen."""
         cost = self.cost
+        if math.isinf(self.ratio.half_width):  # an exact one has no width, or none that is a number
+            return Outcome.INCONCLUSIVE
         if self.limit is not None:
             if self.is_exact:
                 if cost.value > 1 + self.limit:

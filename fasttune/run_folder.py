@@ -1,5 +1,6 @@
 """The folder a run leaves: opening a new one, finding the one to resume, stopping in order."""
 
+import errno
 import glob
 import logging
 import os
@@ -79,7 +80,9 @@ def write_text(path: Path, text: str) -> None:
         os.replace(beside, path)
     except OSError as error:
         beside.unlink(missing_ok=True)
-        raise StorageError(f"{path} cannot be written ({error}); free some space") from error
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        mend = "; free some space" if full else ""
+        raise StorageError(f"{path} cannot be written ({error.strerror or error}){mend}") from error
 
 
 class StopRequest:

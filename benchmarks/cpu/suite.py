@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--rounds",
-        type=_positive,
+        type=_rounds,
         help=f"measurements of each contender; default {ROUNDS}, with --quick {QUICK_ROUNDS}",
     )
     parser.add_argument(
@@ -94,8 +94,7 @@ def _spread(row: Row, metric: str) -> str:
     return f"{row[metric]:.4g} ({row['p20'][metric]:.4g} to {row['p80'][metric]:.4g})"
 
 
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is less than 1")
-    return number
+def _rounds(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of rounds: 1 or more")
+    return int(text)

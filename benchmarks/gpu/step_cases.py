@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from benchmarks.harness import ROOT
 from fasttune.config import Config
 from fasttune.config_file import config_from_tables
-from fasttune.errors import ConfigError
+from fasttune.errors import FasttuneError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -117,7 +117,7 @@ def side_of(case: StepCase, smoke: bool) -> int:
 
 
 def parse(name: str) -> StepCase:
-    """The case of a name; ConfigError where there is no such thing."""
+    """The case of a name; FasttuneError where there is no such thing."""
     parts = name.split()
     try:
         model, train, precision, activations, batch, size, mode, *options = parts
@@ -138,8 +138,9 @@ def parse(name: str) -> StepCase:
     except ValueError:
         known = False
     if not known or case.name != name:
-        raise ConfigError(
-            [f'--case "{name}": no such training step; `--list` names those that there are']
+        raise FasttuneError(
+            f'--case "{name}": no such training step. There are "{StepCase(compiled=True).name}" '
+            f"and {len(cases()) - 1} others; `python -m benchmarks.gpu.steps --list` names them"
         )
     return case
 

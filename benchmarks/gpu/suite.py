@@ -20,7 +20,7 @@ from typing import Any
 from benchmarks import harness
 from benchmarks.gpu.chosen_items import PARTS, asked, own_kernels
 from benchmarks.gpu.judging import curves_file, judge_curves, judge_targets
-from benchmarks.gpu.parts import Said, run_beside, run_child, run_items, why
+from benchmarks.gpu.parts import LEAST_S, Said, run_beside, run_child, run_items, why
 from benchmarks.gpu.planning import Planner, complete
 from benchmarks.gpu.report_table import summary
 from benchmarks.gpu.run import Run
@@ -57,7 +57,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Exit status: 1 if something is wrong or crashed. HardwareError without a GPU, FasttuneError
-    where there is nothing of the name asked for."""
+    where there is nothing of the name asked for, or no time for anything."""
+    if not 60 * args.minutes > LEAST_S:
+        raise FasttuneError(f"--minutes {args.minutes:g}: more than {LEAST_S / 60:g}; default 9")
     if args.out is not None:
         args.out = args.out.resolve()  # children run elsewhere
     with harness.terminable(), tempfile.TemporaryDirectory(prefix="fasttune-bench-") as temporary:

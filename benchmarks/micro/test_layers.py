@@ -1,4 +1,5 @@
-"""Operations of the networks, forward alone and with their backward.
+"""Operations of the networks' modules, without our kernels but for attention, and a block of Flux with
+and without them; forward alone and with their backward.
 
 On a GPU in bf16 at the size of FLUX.1 and SDXL at 1024 pixels and batch 1; on the CPU in float32 and small.
 """
@@ -14,7 +15,9 @@ from torch import Tensor, nn
 
 from fasttune.adapters.lora import adapted_modules, apply_lora
 from fasttune.flow_matching import FlowMatching
-from fasttune.models.flux import AdaptiveNorm
+from fasttune.models.flux import AdaptiveNorm, SingleBlock
+from fasttune.models.formulas import FORMULAS
+from fasttune.models.fused import fuse
 from fasttune.models.layers import GroupNorm, Linear
 from fasttune.models.rope import rope_table, rotate
 from fasttune.models.unet import GegluProjection
@@ -144,6 +147,23 @@ def test_lora_linear(run: Run, draw: Draw, size: Size, device: torch.device) -> 
     module = adapted_modules(network)["0"]
     x = draw(1, size.tokens, size.width)
     run(lambda: network(x), (x, module.lora_A, module.lora_B))
+
+
+@pytest.mark.parametrize("way", ["plain", "fused"])
+def test_flux_single_block(
+    run: Run, draw: Draw, size: Size, device: torch.device, way: str
+) -> None:
+    """With adapters on all its linear layers; by its formula where it is fused, not compiled."""
+    block = SingleBlock(size.width, size.heads)
+    network = _frozen(nn.Sequential(block), size, device)
+    apply_lora(network, targets=("*",), rank=size.rank, alpha=1.0)
+    if way == "fused":
+        assert "plain" not in fuse(network, FORMULAS)
+    adapters = [p for p in network.parameters() if p.requires_grad]
+    x, vector = draw(1, size.tokens, size.width), draw(1, size.width).detach()
+    axes = (size.head_width // 8, *[size.head_width * 7 // 16] * 2)
+    cos, sin = rope_table(size.grid, size.grid, size.text, axes=axes, device=device)
+    run(lambda: block(x, vector, cos, sin, None), (x, *adapters))
 
 
 def test_loss(run: Run, draw: Draw, size: Size, device: torch.device) -> None:

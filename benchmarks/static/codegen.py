@@ -50,24 +50,25 @@ Exceptions = Mapping[tuple[str, str], str]
 """(case, kind of problem) -> reason."""
 
 
-def rows() -> Iterator[Row]:
-    """One row a kernel and target, and one that counts them."""
-    return _all_rows(lock.read(), CACHE)
+def rows(jobs: int = 2) -> Iterator[Row]:
+    """One row a kernel and target, and one that counts them; so many compilers at a time."""
+    return _all_rows(lock.read(), CACHE, jobs)
 
 
-def fresh_rows() -> Iterator[Row]:
+def fresh_rows(jobs: int = 2) -> Iterator[Row]:
     """The same, all compiled."""
     with tempfile.TemporaryDirectory() as folder:
-        yield from _all_rows({}, Path(folder))
+        yield from _all_rows({}, Path(folder), jobs)
 
 
-def _all_rows(locked: Mapping[str, str], cache: Path) -> Iterator[Row]:
+def _all_rows(locked: Mapping[str, str], cache: Path, jobs: int) -> Iterator[Row]:
     return inspect(
         launches(),
         op_files=sorted(OP_FILES.rglob("*.py")),
         cuda_files=CUDA_FILES,
         allowed=read_allowed(ALLOWED),
         cache=cache,
+        workers=jobs,
         locked=locked,
         recorded=expected.read().gates.get("codegen", {}),
     )

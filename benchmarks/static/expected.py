@@ -2,7 +2,7 @@
 
 The file is exact and two-sided: a number that rose is a regression, one that fell is an improvement
 that nobody recorded, and either fails. So the file says what the code does, and its history what each
-change did to it. A raised number needs its line in LOG.md.
+change did to it. What is worse or gone needs its line in LOG.md.
 """
 
 import json
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import ROOT, Row
+from benchmarks.static.versions import differing
 from fasttune.errors import FasttuneError
 
 EXPECTED = ROOT / "benchmarks" / "expected" / "static.json"
@@ -20,6 +21,9 @@ LOG = ROOT / "benchmarks" / "LOG.md"
 
 DERIVED = "step_ms "
 """Begins keys that follow from others of their row, whose lines in the log explain them, too."""
+
+MATRIX = "matrix"
+"""The key whose text is better than "none": the matrix instruction of a kernel."""
 
 Gates = dict[str, dict[str, Row]]
 """gate -> case -> values."""
@@ -30,7 +34,7 @@ class Expectation:
     """The file's contents."""
 
     versions: dict[str, str]
-    """Of torch, triton and python, as they were when it was written."""
+    """Of torch, triton, python and so on (versions.py), as they were when it was written."""
     gates: Gates
     depends: dict[str, list[str]]
     """gate -> of which versions its numbers are a function."""
@@ -53,7 +57,7 @@ class Difference:
 
     @property
     def is_raised(self) -> bool:
-        """Smaller is better everywhere. A bool or a text that changes is no raise."""
+        """Smaller is better everywhere."""
         numbers = (self.expected, self.found)
         if any(isinstance(n, bool) or not isinstance(n, int | float) for n in numbers):
             return False
@@ -61,16 +65,25 @@ class Difference:
 
     @property
     def is_gone(self) -> bool:
-        """The case is no longer looked at."""
-        return not self.key and self.found is None
+        """The case, or a value of it, is no longer looked at."""
+        return self.found is None
+
+    @property
+    def is_lost(self) -> bool:
+        """What held does not hold any more, or a kernel is without its matrix instruction."""
+        if self.key == MATRIX:
+            return self.expected not in (None, "none")
+        return self.expected is True and self.found is False
 
     @property
     def needs_reason(self) -> bool:
-        return self.is_gone or (self.is_raised and not self.key.startswith(DERIVED))
+        """Other texts and lists, such as where the peak falls, may change without one."""
+        raised = self.is_raised and not self.key.startswith(DERIVED)
+        return raised or self.is_gone or self.is_lost
 
     @property
     def change(self) -> str:
-        """`peak_gib 9.1 -> 9.6`: this text, in LOG.md, is what explains a raise."""
+        """`peak_gib 9.1 -> 9.6`: this text, in LOG.md, is what explains it."""
         if not self.key:
             return "gone" if self.found is None else "new"
         return f"{self.key} {_short(self.expected)} -> {_short(self.found)}"
@@ -160,8 +173,8 @@ def is_reason(text: str, begin: str = "") -> bool:
 
 
 def unexplained(differences: Iterable[Difference], log: str) -> list[Difference]:
-    """Raises, and cases that are gone, without a line in the log: each takes one of its own, with
-    case, both values and a reason."""
+    """What needs a reason and has no line in the log: each takes one of its own, with case, both
+    values and the reason."""
     lines = [line.strip() for line in log.splitlines()]
     found = []
     for difference in differences:
@@ -206,7 +219,7 @@ def unexplained_raises(states: Sequence[Expectation], log: str) -> list[Differen
 def same_versions(gate: str, expectation: Expectation, versions: Mapping[str, str]) -> bool:
     """Whether the gate's numbers were made with these versions of what they depend on."""
     names = expectation.depends.get(gate, list(expectation.versions))
-    return all(expectation.versions.get(name) == versions.get(name) for name in names)
+    return not differing(names, expectation.versions, versions)
 
 
 def _git(*arguments: str) -> str:

@@ -7,21 +7,23 @@ processes of their own, two at a time, and are compared with expected/static.jso
 import argparse
 import hashlib
 import importlib
+import inspect
 import json
 import os
 import platform
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from importlib.metadata import PackageNotFoundError, distributions, version
+from importlib.metadata import distributions
 from pathlib import Path
 
 from benchmarks.harness import ROOT, Row, collect, emit, table
 from benchmarks.static import expected as e
 from benchmarks.static import lock
+from benchmarks.static.versions import CONSTRAINTS, advice, differing, installed_versions
 from fasttune.errors import FasttuneError
 
 GATES = {
@@ -33,14 +35,14 @@ GATES = {
     "python_calls": ("python_calls",),
     "codegen": ("codegen",),
 }
-"""Module -> the gates its rows belong to, the slowest first. A row of several names its own."""
+"""Module -> the gates its rows belong to. A row of several names its own. The slowest is first, but for
+codegen, which compiles only what changed and a twentieth of the rest."""
 DONE = "done"
 """Marks the last row of a module, so that one without cases is not taken for a failure."""
 FRESH = "--fresh"
 """To a child: keeps nothing from before, wherever it is kept."""
 REPLACEMENT = e.EXPECTED.with_name("static.new.json")
 CACHE = ROOT / ".cache" / "static"
-CONSTRAINTS = "benchmarks/expected/constraints.txt"
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,18 +60,25 @@ class Outcome:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gate", action="append", choices=GATES, help="repeat for several")
-    parser.add_argument("--jobs", type=int, default=2, help="processes at a time; default 2")
+    parser.add_argument(
+        "--jobs", type=int, default=2, help="processes at a time, and compilers; default 2"
+    )
     parser.add_argument(
         "--fresh", action="store_true", help="count anew what is kept from the same sources"
     )
     parser.add_argument("--show", action="store_true", help="print every number that was found")
     parser.add_argument("--write", action="store_true", help="take over what was found")
-    parser.add_argument("--reason", help="with --write: why numbers rose; goes into LOG.md")
+    parser.add_argument(
+        "--reason",
+        action="append",
+        help="with --write: why values are worse or gone; goes into LOG.md. Again for more: "
+        '"host: why" is of that gate alone',
+    )
     parser.add_argument(
         "--strict",
         action="store_true",
         help="fail, too, where other versions of torch, triton or Python are installed than those "
-        f"the expectation was made with; {CONSTRAINTS} has them",
+        f"the expectation was made with ({CONSTRAINTS} has them), or csrc/cpu is not built",
     )
 
 
@@ -77,6 +86,9 @@ def run(args: argparse.Namespace) -> int:
     """0 if all is as expected, 1 if not."""
     if args.jobs < 1:
         raise FasttuneError(f"--jobs {args.jobs}: at least 1")
+    reasons = reasons_of(args.reason or ())
+    if reasons and not args.write:
+        raise FasttuneError("--reason is written into LOG.md together with the values: add --write")
     begin = time.perf_counter()
     outcomes = list(find(args.gate or GATES, jobs=args.jobs, cache=None if args.fresh else CACHE))
     installed = installed_versions()
@@ -87,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
         print(summary(outcomes))
     expectation = e.read()
     if args.write:
-        return 1 if problems else write(outcomes, expectation, installed, args.reason)
+        return 1 if problems else write(outcomes, expectation, installed, reasons)
     status = 1 if problems else 0
     status |= report(outcomes, expectation, installed, strict=args.strict)
     status |= report_history()
@@ -95,10 +107,26 @@ def run(args: argparse.Namespace) -> int:
     return status
 
 
+def reasons_of(given: Sequence[str]) -> dict[str, str]:
+    """Gate -> why its values are worse, of texts that begin with a gate; "" -> why all others are.
+    FasttuneError for a text that says nothing, and for two in one place."""
+    gates = {gate for names in GATES.values() for gate in names}
+    found: dict[str, str] = {}
+    for text in given:
+        begin, _, rest = text.partition(":")
+        gate, reason = (begin, rest) if begin in gates else ("", text)
+        if not e.is_reason(reason) or gate in found:
+            raise FasttuneError(
+                f'--reason {text!r}: one for all values ("why"), or one for a gate ("host: why")'
+            )
+        found[gate] = reason.strip(" .")
+    return found
+
+
 def find(modules: Sequence[str], *, jobs: int, cache: Path | None) -> Iterator[Outcome]:
     """Runs the modules and yields what they found, in their order."""
     with ThreadPoolExecutor(jobs) as pool:
-        for outcome in pool.map(partial(_run_module, cache=cache), modules):
+        for outcome in pool.map(partial(_run_module, cache=cache, jobs=jobs), modules):
             count = sum(len(cases) for cases in outcome.gates.values())
             print(
                 f"{outcome.module}: {count} cases, {outcome.seconds:.0f} s",
@@ -108,7 +136,7 @@ def find(modules: Sequence[str], *, jobs: int, cache: Path | None) -> Iterator[O
             yield outcome
 
 
-def _run_module(module: str, cache: Path | None) -> Outcome:
+def _run_module(module: str, cache: Path | None, jobs: int) -> Outcome:
     """From the cache if nothing changed that a number could depend on."""
     begin = time.perf_counter()
     before = fingerprint()
@@ -116,7 +144,7 @@ def _run_module(module: str, cache: Path | None) -> Outcome:
     if kept is not None and kept.is_file():
         found = json.loads(kept.read_text(encoding="utf-8"))
     else:
-        command = [sys.executable, "-m", "benchmarks.static.gates", module]
+        command = [sys.executable, "-m", "benchmarks.static.gates", module, str(jobs)]
         found = collect([*command, *([FRESH] if cache is None else [])], threads=1)
         # Not what was found while somebody edited, nor a problem: it may be gone the next time.
         if (
@@ -156,7 +184,7 @@ SOURCES += tuple(
     )
 )
 IGNORED = {"__pycache__"}
-KINDS = {".py", ".toml", ".json", ".cu", ".cuh", ".h", ".cpp"}
+KINDS = {".py", ".toml", ".json", ".cu", ".cuh", ".h", ".cpp", ".so"}
 
 
 def fingerprint() -> str:
@@ -198,17 +226,6 @@ def problems_of(outcomes: Sequence[Outcome]) -> list[str]:
     ]
 
 
-def installed_versions() -> dict[str, str]:
-    """torch, triton and python, without what names a build."""
-    found = {"python": ".".join(platform.python_version_tuple()[:2])}
-    for package in ("torch", "triton"):
-        try:
-            found[package] = version(package).split("+")[0]
-        except PackageNotFoundError:
-            found[package] = "absent"
-    return found
-
-
 def report(
     outcomes: Sequence[Outcome],
     expectation: e.Expectation,
@@ -221,17 +238,10 @@ def report(
     differences: list[e.Difference] = []
     compared: list[Outcome] = []
     for outcome in outcomes:
-        other = {
-            name: (expectation.versions[name], installed[name])
-            for name in outcome.versions
-            if expectation.versions.get(name, installed[name]) != installed[name]
-        }
+        other = differing(outcome.versions, expectation.versions, installed)
         if other:
             said = ", ".join(f"{n} {now}, not {then}" for n, (then, now) in other.items())
-            print(
-                f"NOT COMPARED  {outcome.module}: {said}. To compare: pip install -c {CONSTRAINTS} "
-                + " ".join(sorted(set(other) - {"python"}))
-            )
+            print(f"NOT COMPARED  {outcome.module}: {said}. To compare: {advice(other)}")
             status |= strict
             continue
         compared.append(outcome)
@@ -252,7 +262,7 @@ def report(
     print('  fasttune bench static --write --reason "why"')
     lines = [e.log_line(d, e.NO_REASON) for d in differences if d.needs_reason]
     if lines:
-        print("What rose or is gone needs its line in benchmarks/LOG.md; --reason writes them:")
+        print("What is worse or gone needs its line in benchmarks/LOG.md; --reason writes them:")
         print("\n".join(f"  {line}" for line in lines))
     return 1
 
@@ -270,18 +280,19 @@ def replacement(
         owned = [gate for names in GATES.values() for gate in names]
         gates = {gate: gates[gate] for gate in owned}
         depends = {gate: depends[gate] for gate in owned}
-    return e.Expectation({**expectation.versions, **installed}, gates, depends)
+    found = {name: installed[name] for outcome in outcomes for name in outcome.versions}
+    return e.Expectation({**expectation.versions, **found}, gates, depends)
 
 
 def report_history() -> int:
-    """1 if the file was ever raised without a line in LOG.md."""
+    """1 if a value of the file ever got worse, or went, without a line in LOG.md."""
     states = e.history()
     if states is None:
         print("LOG.md is not checked: git has not the whole history here (a shallow clone?)")
         return 0
     bad = e.unexplained_raises(states, e.LOG.read_text(encoding="utf-8"))
     for difference in bad:
-        print(f"RAISED WITHOUT A LINE IN LOG.md  {difference.place}: {difference.change}")
+        print(f"WORSE WITHOUT A LINE IN LOG.md  {difference.place}: {difference.change}")
     return 1 if bad else 0
 
 
@@ -289,9 +300,9 @@ def write(
     outcomes: Sequence[Outcome],
     expectation: e.Expectation,
     installed: dict[str, str],
-    reason: str | None,
+    reasons: dict[str, str],
 ) -> int:
-    """Takes over what was found. Raised numbers need a reason, which goes into LOG.md."""
+    """Takes over what was found. What is worse or gone needs a reason, which goes into LOG.md."""
     new = replacement(outcomes, expectation, installed)
     other = [
         gate
@@ -309,23 +320,26 @@ def write(
         if e.same_versions(gate, expectation, installed)
         for d in e.compare({gate: expectation.gates.get(gate, {})}, {gate: new.gates.get(gate, {})})
     ]
-    reasons = [d for d in differences if d.needs_reason]
-    given = (reason or "").strip(" .")
-    if reasons and not e.is_reason(given):
-        for difference in reasons:
+    worse = [d for d in differences if d.needs_reason]
+    why = [reasons.get(d.gate, reasons.get("", "")) for d in worse]
+    unexplained = [d for d, reason in zip(worse, why, strict=True) if not reason]
+    if unexplained:
+        for difference in unexplained:
             print(f"  {difference}")
         raise FasttuneError(
-            f'{len(reasons)} numbers rose or are gone: give --reason "why", which is written into '
-            "LOG.md"
+            f'{len(unexplained)} values are worse or gone: give --reason "why", or "GATE: why" for '
+            "those of one gate, which is written into LOG.md"
         )
     e.EXPECTED.write_text(e.to_json(new), encoding="utf-8")
     for outcome in outcomes:
         if outcome.digests:
             lock.write(outcome.digests)
     REPLACEMENT.unlink(missing_ok=True)
-    if reasons:
-        lines = "\n".join(e.log_line(d, f"{given}.") for d in reasons)
+    if worse:
+        lines = "\n".join(e.log_line(d, f"{r}.") for d, r in zip(worse, why, strict=True))
         _into_log(f"## {time.strftime('%Y-%m-%d')}: static gates raised\n\n{lines}\n\n")
+    elif reasons:
+        print("Nothing is worse or gone: LOG.md is as it was, without the reason")
     print(f"{len(differences)} values taken over into {e.EXPECTED.relative_to(ROOT)}")
     return 0
 
@@ -353,12 +367,14 @@ def summary(outcomes: Sequence[Outcome]) -> str:
 
 
 def main() -> None:
-    """In the child: prints the rows of one module."""
-    module = importlib.import_module(f"benchmarks.static.{sys.argv[1]}")
-    fresh = FRESH in sys.argv[2:] and hasattr(module, "fresh_rows")
-    rows: Iterator[Row] = module.fresh_rows() if fresh else module.rows()
-    for row in rows:
-        emit(sys.argv[1], **row)
+    """In the child: prints the rows of one module, which may use so many processes."""
+    name, jobs, *options = sys.argv[1:]
+    module = importlib.import_module(f"benchmarks.static.{name}")
+    fresh = FRESH in options and hasattr(module, "fresh_rows")
+    rows: Callable[..., Iterator[Row]] = module.fresh_rows if fresh else module.rows
+    takes_jobs = "jobs" in inspect.signature(rows).parameters
+    for row in rows(jobs=int(jobs)) if takes_jobs else rows():
+        emit(name, **row)
     emit(DONE, versions=list(module.VERSIONS))
 
 

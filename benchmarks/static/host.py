@@ -29,8 +29,9 @@ from typing import Any
 from unittest import mock
 
 from benchmarks.harness import ROOT, ROW, Row, environment
+from benchmarks.static.versions import CPU_LIBRARY
 
-VERSIONS = ("python", "torch")
+VERSIONS = ("python", "torch", CPU_LIBRARY)
 
 BAD_CONFIG = """\
 [model]

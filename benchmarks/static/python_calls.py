@@ -21,11 +21,12 @@ from torch.utils.checkpoint import DefaultDeviceType
 
 from benchmarks.harness import Row
 from benchmarks.static.models import MODEL_FOLDERS, config_named, with_lora
+from benchmarks.static.versions import CPU_LIBRARY
 from fasttune.config import Config
 from fasttune.device import place
 from fasttune.rehearsal import Rehearsal, rehearse
 
-VERSIONS = ("torch", "python")
+VERSIONS = ("torch", "python", CPU_LIBRARY)
 
 NARROW: dict[str, dict[str, Any]] = {
     "flux-dev": {

@@ -24,13 +24,14 @@ from benchmarks.static.costs import Costs, CountCosts
 from benchmarks.static.gpu_operations import as_on_gpu
 from benchmarks.static.models import shipped_configs, with_lora
 from benchmarks.static.step_memory import trace_rehearsal
+from benchmarks.static.versions import CPU_LIBRARY
 from fasttune.build import set_blocks
 from fasttune.config import Config
 from fasttune.memory.activations import Choice
 from fasttune.models.fused import unfuse
 from fasttune.rehearsal import Rehearsal, gpu_placement, rehearse
 
-VERSIONS = ("torch", "triton")
+VERSIONS = ("torch", "triton", CPU_LIBRARY)
 GIB = 2**30
 
 Activations = Choice | Mapping[Any, Choice]

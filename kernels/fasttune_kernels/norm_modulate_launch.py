@@ -153,29 +153,6 @@ def launch_backward(
 _STREAM = ("x_ptr", "y_ptr", "out_ptr", "normed_ptr", "dy_ptr", "residual_ptr", "dx_ptr")
 _VECTORS = ("gate_ptr", "scale_ptr", "shift_ptr", "weight_ptr", "bias_ptr")
 _SUMS = ("mean_ptr", "rstd_ptr", "sums_ptr", "dscale_ptr", "dshift_ptr", "dweight_ptr", "dbias_ptr")
-_POINTERS = {**dict.fromkeys(_STREAM + _VECTORS, "*bf16"), **dict.fromkeys(_SUMS, "*fp32")}
-_SIZES = ("tokens", "width")
-_FORWARD = (
-    *("x_ptr", "y_ptr", "gate_ptr", "scale_ptr", "shift_ptr", "weight_ptr", "bias_ptr"),
-    *("out_ptr", "normed_ptr", "mean_ptr", "rstd_ptr", "tokens", "width"),
-    *("x_batch_stride", "x_row_stride", "y_batch_stride", "y_row_stride"),
-    *("gate_stride", "scale_stride", "shift_stride", "eps"),
-)
-_BACKWARD = (
-    *("dy_ptr", "x_ptr", "mean_ptr", "rstd_ptr", "scale_ptr", "weight_ptr", "residual_ptr"),
-    *("dx_ptr", "sums_ptr", "tokens", "rows_of_range", "width"),
-    *("dy_batch_stride", "dy_row_stride", "x_batch_stride", "x_row_stride"),
-    *("residual_batch_stride", "residual_row_stride", "scale_stride"),
-)
-_SUM = (
-    *("sums_ptr", "scale_ptr", "weight_ptr", "bias_ptr", "dscale_ptr", "dshift_ptr"),
-    *("dweight_ptr", "dbias_ptr", "samples", "ranges", "width", "scale_stride"),
-)
-
-
-_STREAM = ("x_ptr", "y_ptr", "out_ptr", "normed_ptr", "dy_ptr", "residual_ptr", "dx_ptr")
-_VECTORS = ("gate_ptr", "scale_ptr", "shift_ptr", "weight_ptr", "bias_ptr")
-_SUMS = ("mean_ptr", "rstd_ptr", "sums_ptr", "dscale_ptr", "dshift_ptr", "dweight_ptr", "dbias_ptr")
 _TYPES = {
     **dict.fromkeys(_STREAM + _VECTORS, "*bf16"),
     **dict.fromkeys(_SUMS, "*fp32"),

@@ -16,6 +16,7 @@ import pytest
 
 from benchmarks import ab, ab_rounds, compare, false_alarms, harness, revisions
 from benchmarks.ab_rounds import Round, Workload, run_round, series
+from benchmarks.gpu.step_cases import cases, parse
 from benchmarks.revisions import Beside, RevisionError, Side, commit_of, side_by_side
 from benchmarks.verdicts import Change, Outcome, parse_limits
 from fasttune.cli import main
@@ -100,6 +101,23 @@ def test_base_is_the_revision_and_head_the_working_tree(repository: Path) -> Non
     assert not folder.exists()
 
 
+def test_false_alarms_need_a_repository(tmp_path: Path) -> None:
+    for folder in ("benchmarks", "fasttune", "kernels"):
+        ignored = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=ignored)
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.false_alarms"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path / "kernels")},
+        text=True,
+        capture_output=True,
+        check=False,
+    )
+    assert done.returncode == 2 and not done.stdout
+    assert done.stderr.startswith(f"error: {tmp_path} is not a git repository that can be read")
+    assert "Traceback" not in done.stderr
+
+
 def test_nothing_is_left_after_ctrl_c(repository: Path) -> None:
     before = git(repository, "status", "--porcelain", "--ignored")
     with pytest.raises(KeyboardInterrupt), side_by_side("HEAD", root=repository) as beside:
@@ -134,6 +152,9 @@ def test_revisions_that_are_not_there(repository: Path, tmp_path: Path) -> None:
         revisions.extract("HEAD", tmp_path / "plain", repository)
 
 
+STEPS = ("--base", "HEAD", "--suite", "steps", "--smoke")
+
+
 def test_the_command_line_says_what_is_wrong(capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, message in (
         (["--base", "no-such-revision"], "no-such-revision: the repository has no such revision"),
@@ -142,6 +163,8 @@ def test_the_command_line_says_what_is_wrong(capsys: pytest.CaptureFixture[str])
         (["--base", "HEAD", "--rounds", "1"], "at least 2 rounds"),
         (["--base", "HEAD", "--rounds", "9", "--max-rounds", "4"], "no more than the most"),
         (["--base", "HEAD", "--smoke"], "belong to --suite steps"),
+        ([*STEPS, "--case", "no such"], '--case "no such": no such training step. There are "flux'),
+        ([*STEPS, "--case", "flux lora bf16 half b1 1024 eager"], "memory.activations"),
     ):
         assert main(["bench", "ab", *arguments]) == 2
         said = capsys.readouterr().err
@@ -153,9 +176,21 @@ def test_a_suite_for_gpus_needs_one(monkeypatch: pytest.MonkeyPatch) -> None:
     assert main(["bench", "ab", "--base", "HEAD", "--suite", "steps"]) == 2
     parser = argparse.ArgumentParser()
     ab.add_arguments(parser)
-    arguments = parser.parse_args(["--base=HEAD", "--suite=steps", "--smoke", "--case=x"])
-    (command,) = ab.workload_of(arguments).commands
-    assert command[0] == "benchmarks.gpu.steps" and command[-3:] == ("--case", "x", "--smoke")
+    case = "sdxl full bf16 recompute b1 1024 eager"
+    workload = ab.workload_of(parser.parse_args([*STEPS, "--case", case]))
+    (command,) = workload.commands
+    assert command[0] == "benchmarks.gpu.steps" and command[-3:] == ("--case", case, "--smoke")
+    assert workload.max_rounds == 2
+    assert ab.workload_of(parser.parse_args([*STEPS, "--rounds=3"])).max_rounds == 3
+
+
+def test_the_suite_for_gpus_has_what_users_run() -> None:
+    chosen = [parse(command[-1]) for command in ab.SUITES["steps"].commands]
+    assert {(case.model, case.train) for case in chosen if case.compiled} == {
+        ("flux", "lora"),
+        ("sdxl", "lora"),
+    }
+    assert set(chosen) <= set(cases())
 
 
 # Processes, of a workload that takes no time.

@@ -246,9 +246,41 @@ def test_the_table_and_what_is_said_below(
     ]
 
 
+def times(ms: float, metric: str = "step_ms") -> dict[str, Any]:
+    """A row of twelve samples that differ by 1 %."""
+    return {"samples": {metric: [ms * (1 + i / 1000) for i in range(12)]}}
+
+
 def test_no_limit_no_failure(tmp_path: Path) -> None:
-    assert compare(tmp_path, [{"step_ms": 1.0}], [{"step_ms": 9.0}]) == 0
-    assert compare(tmp_path, [{"step_ms": 1.0}], [{"step_ms": 9.0}], "step_ms:3%") == 1
+    assert compare(tmp_path, [times(1.0)], [times(9.0)]) == 0
+    assert compare(tmp_path, [times(1.0)], [times(9.0)], "step_ms:3%") == 1
+
+
+@pytest.mark.parametrize(
+    ("metric", "base", "head"),
+    [
+        ("step_ms", 1.0, 9.0),
+        ("wall_s", 10.0, 10.4),
+        ("images_per_s", 2.0, 1.0),
+        ("mfu", 0.5, 0.4),
+        ("update_ms", 0.0, 0.3),
+    ],
+)
+def test_a_clock_s_number_alone_decides_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], metric: str, base: float, head: float
+) -> None:
+    for fail in (f"{metric}:3%", ""):
+        assert compare(tmp_path, [{metric: base}], [{metric: head}], fail) == 0
+        assert capsys.readouterr().out.splitlines()[2].endswith("| inconclusive: more rounds |")
+    many = {"samples": {metric: [base or 0.1] * 9}}  # of one side alone
+    assert compare(tmp_path, [many], [{metric: head}], f"{metric}:3%") == 0
+    assert compare(tmp_path, [{metric: head}], [{metric: head}], f"{metric}:3%") == 0
+    assert capsys.readouterr().out.splitlines()[-1].endswith("| equal |")
+
+
+@pytest.mark.parametrize("metric", ["peak_gib", "spill_bytes", "launches", "recompiles", "tflop"])
+def test_sizes_and_counts_need_no_samples(tmp_path: Path, metric: str) -> None:
+    assert compare(tmp_path, [{f"a_{metric}": 10}], [{f"a_{metric}": 11}], f"a_{metric}:3%") == 1
 
 
 def test_what_fails_without_a_number(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -278,9 +310,10 @@ def test_a_rate_beside_its_time_is_not_judged_without_its_spread(tmp_path: Path)
 
 
 def test_main_metrics_of_kernels_and_of_cpu_rows_have_a_direction(tmp_path: Path) -> None:
-    assert compare(tmp_path, [{"us": 100.0}], [{"us": 200.0}], "us:3%") == 1
+    assert compare(tmp_path, [times(100.0, "us")], [times(200.0, "us")], "us:3%") == 1
     cpu = {"ratio": 0.8, "ours_ms": 8.0, "theirs_ms": 10.0}
-    assert compare(tmp_path, [cpu], [cpu | {"ratio": 1.2}], "ratio:5%") == 1
+    slower = cpu | times(1.2, "ratio")
+    assert compare(tmp_path, [cpu | times(0.8, "ratio")], [slower], "ratio:5%") == 1
     slower_contender = cpu | {"theirs_ms": 20.0}
     assert compare(tmp_path, [cpu], [slower_contender], "*_ms:3%") == 0
 
@@ -299,9 +332,9 @@ def test_samples_of_changed_files_are_not_pooled(tmp_path: Path) -> None:
 def test_quick_rows_do_not_meet_full_ones(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    full, quick = {"step_ms": 10.0}, {"step_ms": 1.0, "quick": True}
+    full, quick = times(10.0), times(1.0) | {"quick": True}
     assert compare(tmp_path, [full], [quick], "") == 2
-    assert compare(tmp_path, [full, quick], [quick | {"step_ms": 2.0}], "step_ms:3%") == 1
+    assert compare(tmp_path, [full, quick], [quick | times(2.0)], "step_ms:3%") == 1
     assert "| steps | quick | step_ms |" in capsys.readouterr().out
 
 

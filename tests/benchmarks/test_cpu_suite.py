@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks import harness
 from benchmarks.cpu import contest, loop, quickstart, suite, updates
 from benchmarks.cpu.contest import MEASUREMENTS, Contender, Contest, contests, play
 from benchmarks.harness import ROOT, Row, environment
@@ -143,6 +144,25 @@ def test_the_suite_writes_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]  # inputs are gone
 
 
+def test_rows_that_were_just_written_are_no_changed_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results, code = tmp_path / "benchmarks/results/cpu.jsonl", tmp_path / "fasttune.py"
+    results.parent.mkdir(parents=True)
+    results.write_text("")
+    code.write_text("")
+    git = ("git", "-c", "user.name=a", "-c", "user.email=a@b")
+    for command in (("init", "-q"), ("add", "-A"), ("commit", "-q", "-m", "A state.")):
+        subprocess.run([*git, *command], cwd=tmp_path, check=True)
+    monkeypatch.setattr(harness, "ROOT", tmp_path)
+    monkeypatch.setattr(harness, "RESULTS", results.parent)
+    assert harness.machine()["changed_files"] == 0
+    harness.write_rows(results, [{"measurement": "cpu"}])
+    assert harness.machine()["changed_files"] == 0
+    code.write_text("1")
+    assert harness.machine()["changed_files"] == 1
+
+
 def test_one_failure_keeps_the_other_rows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -162,12 +182,21 @@ def test_one_failure_keeps_the_other_rows(
     assert "ema: failed\nno such library" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("wrong", [("--rounds", "0"), ("--only", "speed")])
-def test_wrong_arguments(wrong: tuple[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (("--rounds", "0"), "'0' is not a number of rounds: 1 or more"),
+        (("--rounds", "x"), "'x' is not a number of rounds: 1 or more"),
+        (("--only", "speed"), "'speed'"),
+    ],
+)
+def test_wrong_arguments(
+    wrong: tuple[str, str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as stopped:
         parsed(*wrong)
     assert stopped.value.code == 2
-    assert wrong[1] in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 def test_every_measurement_exists_and_arguments_need_no_torch() -> None:

@@ -3,17 +3,18 @@
 import argparse
 import json
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from benchmarks.static import codegen, gates, host, python_calls, step, versions
 from benchmarks.static import expected as e
-from benchmarks.static import gates
+from benchmarks.static.versions import CPU_LIBRARY
 from fasttune.errors import FasttuneError
 
-VERSIONS = {"torch": "2.13.0", "triton": "3.9.0", "python": "3.11"}
+VERSIONS = {"torch": "2.13.0", "triton": "3.9.0", "python": "3.11", CPU_LIBRARY: "built"}
 DEPENDS = {"memory": ["torch"]}
 MEMORY = {"flux": {"peak_gib": 9.5, "module": "blocks.3", "parts": ["a", "b"]}}
 
@@ -66,6 +67,11 @@ def run(repository: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
         return gates.run(parser.parse_args(arguments))
 
     return run
+
+
+def kernel(**values: Any) -> dict[str, Any]:
+    """The memory row with further columns: what a column means does not depend on its gate."""
+    return {"flux": {**MEMORY["flux"], **values}}
 
 
 def with_peak(peak: float) -> dict[str, Any]:
@@ -123,7 +129,7 @@ def test_a_raise_by_hand_is_found_even_after_later_commits(
     path = repository / "benchmarks/expected/static.json"
     path.write_text(path.read_text().replace("9.5", "9.9"))
     assert run(with_peak(9.9)) == 1
-    assert "RAISED WITHOUT A LINE" in capsys.readouterr().out
+    assert "WORSE WITHOUT A LINE" in capsys.readouterr().out
     commit(repository)
     path.write_text(path.read_text().replace("9.9", "9.8"))
     commit(repository)
@@ -142,6 +148,46 @@ def test_other_versions_are_not_compared_and_fail_when_strict(
     said = capsys.readouterr().out
     assert "NOT COMPARED  memory: torch 2.14.0, not 2.13.0" in said and "constraints.txt" in said
     assert run(with_peak(11.0), "--strict") == 1
+
+
+def test_a_library_that_is_not_built_is_another_version(
+    run: Run, repository: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert all(CPU_LIBRARY in each.VERSIONS for each in (host, python_calls, step))
+    found = [gates.Outcome("memory", {"memory": with_peak(1.0)}, ("torch", CPU_LIBRARY), 0.0)]
+    monkeypatch.setattr(gates, "installed_versions", lambda: {**VERSIONS, CPU_LIBRARY: "absent"})
+    expectation = e.read(repository / "benchmarks/expected/static.json")
+    absent = gates.installed_versions()
+    assert gates.report(found, expectation, absent, strict=True) == 1
+    said = capsys.readouterr().out
+    assert "NOT COMPARED  memory: cpu library absent, not built." in said
+    assert said.strip().endswith("pip install -e . where there is a C++ compiler")
+    # A file from before it was looked at is compared, and what replaces it says how it was made.
+    older = e.Expectation({"torch": "2.13.0"}, expectation.gates, DEPENDS)
+    assert gates.report(found, older, absent, strict=False) == 1
+    assert "peak_gib 9.5 -> 1" in capsys.readouterr().out
+    new = e.read(repository / "benchmarks/expected/static.new.json")
+    assert new.versions == {"torch": "2.13.0", CPU_LIBRARY: "absent"}
+    assert new.depends == {"memory": [CPU_LIBRARY, "torch"]}
+    assert e.same_versions("memory", new, older.versions)
+    assert not e.same_versions("memory", new, VERSIONS)
+
+
+def test_the_library_is_looked_for_where_the_gates_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fasttune_kernels import cpu_library
+
+    here = "built" if cpu_library.available() else "absent"
+    assert versions.installed_versions()[CPU_LIBRARY] == here
+    planted = tmp_path / "fasttune_kernels"
+    planted.mkdir()
+    (planted / "__init__.py").write_text("")
+    monkeypatch.setattr(versions, "environment", lambda: {"PYTHONPATH": str(tmp_path)})
+    for text in ("True", "False"):
+        (planted / "cpu_library.py").write_text(f"def available() -> bool:\n    return {text}\n")
+        found = versions.installed_versions()[CPU_LIBRARY]
+        assert found == ("built" if text == "True" else "absent")
 
 
 def test_a_problem_fails_and_cannot_be_written(
@@ -183,6 +229,69 @@ def test_what_is_gone_needs_a_reason(run: Run, repository: Path) -> None:
     assert "- `memory / flux`: gone. Not trained any more.\n" in log
     commit(repository)
     assert run({}) == 0
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "change"),
+    [
+        ({"matrix": "wgmma"}, {"matrix": "mma.sync"}, "matrix wgmma -> mma.sync"),
+        ({"matrix": "mma.sync"}, {"matrix": "none"}, "matrix mma.sync -> none"),
+        ({"losses_agree": True}, {"losses_agree": False}, "losses_agree True -> False"),
+        ({"spill_bytes": 0}, {}, "spill_bytes 0 -> None"),
+        ({"matrix": "none"}, {"matrix": "mma.sync"}, None),
+        ({"losses_agree": False}, {"losses_agree": True}, None),
+        ({}, {"matrix": "none", "losses_agree": False}, None),
+        ({"compiler": "nvrtc 13.5"}, {"compiler": "nvrtc 13.6"}, None),
+    ],
+)
+def test_what_is_worse_without_a_larger_number_needs_a_reason(
+    run: Run, repository: Path, before: dict[str, Any], after: dict[str, Any], change: str | None
+) -> None:
+    assert run(kernel(**before), "--write") == 0
+    commit(repository)
+    log = repository / "benchmarks/LOG.md"
+    if change is None:
+        assert run(kernel(**after), "--write") == 0 and run(kernel(**after)) == 0
+        return
+    with pytest.raises(FasttuneError, match="1 values are worse or gone"):
+        run(kernel(**after), "--write")
+    path = repository / "benchmarks/expected/static.json"
+    recorded = path.read_text()
+    assert run(kernel(**after), "--write", "--reason", "Meant") == 0
+    assert f"- `memory / flux`: {change}. Meant.\n" in log.read_text()
+    log.write_text(log.read_text().replace(change, "something else"))
+    assert path.read_text() != recorded and run(kernel(**after)) == 1  # as if by hand
+
+
+def test_a_reason_for_each_gate(run: Run, repository: Path) -> None:
+    spills = {"norm / sm_89": {"spill_bytes": 0}}
+    assert run(MEMORY, "--write", codegen=spills) == 0
+    raised = {"norm / sm_89": {"spill_bytes": 8}}
+    with pytest.raises(FasttuneError, match="1 values are worse"):
+        run(with_peak(9.6), "--write", "--reason", "codegen: A longer row", codegen=raised)
+    reasons = ("--reason", "codegen: A longer row", "--reason", "A larger table: see above.")
+    assert run(with_peak(9.6), "--write", *reasons, codegen=raised) == 0
+    log = (repository / "benchmarks/LOG.md").read_text()
+    assert "- `codegen / norm / sm_89`: spill_bytes 0 -> 8. A longer row.\n" in log
+    assert "- `memory / flux`: peak_gib 9.5 -> 9.6. A larger table: see above.\n" in log
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--reason", "why"), "add --write"),
+        (("--write", "--reason", "one", "--reason", "two"), "one for all values"),
+        (("--write", "--reason", "memory: "), "one for a gate"),
+    ],
+)
+def test_reasons_that_would_be_lost(run: Run, arguments: tuple[str, ...], message: str) -> None:
+    with pytest.raises(FasttuneError, match=message):
+        run(with_peak(9.6), *arguments)
+
+
+def test_a_reason_that_nothing_needs(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(with_peak(9.0), "--write", "--reason", "why") == 0
+    assert "LOG.md is as it was, without the reason" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -279,7 +388,7 @@ def cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], dict
     monkeypatch.setattr(gates, "collect", collect)
 
     def run() -> dict[str, Any]:
-        outcome = gates._run_module("memory", tmp_path / "cache")
+        outcome = gates._run_module("memory", tmp_path / "cache", jobs=2)
         return {**outcome.gates["memory"]["a"], "runs": collect.runs}  # type: ignore[attr-defined]
 
     return run
@@ -296,8 +405,10 @@ def test_results_are_kept_until_a_source_changes(
     assert len(list((tmp_path / "cache").iterdir())) == 1
     monkeypatch.setenv("TORCHINDUCTOR_MAX_FUSION_SIZE", "3")
     assert cached()["runs"] == 3
+    (tmp_path / "fasttune" / "_cpu.so").write_bytes(b"built")
+    assert cached()["runs"] == 4 and cached()["runs"] == 4
     source.write_text("13")
-    assert cached()["runs"] == 4 and cached()["runs"] == 5  # problems are not kept
+    assert cached()["runs"] == 5 and cached()["runs"] == 6  # problems are not kept
 
 
 def test_what_was_found_while_a_file_was_edited_is_not_kept(
@@ -309,3 +420,31 @@ def test_what_was_found_while_a_file_was_edited_is_not_kept(
     edit.unlink()
     source.write_text("1")
     assert cached() == {"u": 1, "runs": 2}
+
+
+def test_a_gate_that_compiles_gets_the_number_of_jobs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    commands = []
+
+    def collect(command: list[str], *, threads: int) -> list[dict[str, Any]]:
+        commands.append(command[3:])
+        return [{"measurement": "done", "versions": []}]
+
+    monkeypatch.setattr(gates, "collect", collect)
+    list(gates.find(["codegen", "host"], jobs=1, cache=None))
+    assert commands == [["codegen", "1", "--fresh"], ["host", "1", "--fresh"]]
+
+    asked = []
+
+    def inspect(*_: Any, workers: int, **__: Any) -> Iterator[dict[str, Any]]:
+        asked.append(workers)
+        return iter(())
+
+    monkeypatch.setattr(codegen, "inspect", inspect)
+    monkeypatch.setattr(host, "rows", lambda: iter([{"case": "a", "calls": 1}]))
+    for command in (["codegen", "3"], ["codegen", "1", "--fresh"], ["host", "3"]):
+        monkeypatch.setattr("sys.argv", ["gates.py", *command])
+        gates.main()
+    assert asked == [3, 1]
+    assert capsys.readouterr().out.count('"done"') == 3

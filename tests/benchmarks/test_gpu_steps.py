@@ -15,7 +15,7 @@ from torch import Tensor
 from benchmarks import harness
 from benchmarks.gpu import bucket_sweep, loss_curves, step_cases, steps
 from benchmarks.gpu.step_cases import StepCase
-from fasttune.errors import ConfigError
+from fasttune.errors import FasttuneError
 
 CPU = torch.device("cpu")
 CUDA = torch.device("cuda")
@@ -53,7 +53,7 @@ def test_step_cases() -> None:
     ],
 )
 def test_unknown_step_cases(name: str) -> None:
-    with pytest.raises(ConfigError, match="--list"):
+    with pytest.raises(FasttuneError, match="--list"):
         step_cases.parse(name)
 
 

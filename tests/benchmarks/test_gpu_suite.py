@@ -40,6 +40,12 @@ def test_smoke_rows_are_no_results() -> None:
         suite._results_file(args, {"gpu": None, "cpu": "x", "cores": 1})
 
 
+@pytest.mark.parametrize("minutes", ["-1", "0", "0.25", "nan"])
+def test_a_time_in_which_nothing_runs_is_refused(minutes: str) -> None:
+    with pytest.raises(FasttuneError, match=r"--minutes .*: more than 0\.25"):
+        suite.run(_arguments("--smoke", "--minutes", minutes))
+
+
 STEPS = sorted(own_kernels())
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from pytest_benchmark.timers import compute_timer_precision
 
+import fasttune_kernels
 from benchmarks.harness import ROOT, environment
 from benchmarks.micro.event_timer import HEAD_START_S, RESOLUTION_S, EventTimer, occupier
 
@@ -169,14 +170,21 @@ def test_pytest_benchmark_on_a_device(tmp_path: Path) -> None:
 
 def test_micro_benchmarks_run_and_compare(tmp_path: Path) -> None:
     """Those of the host and the device, twice, with results saved and compared."""
-    select = ("benchmarks", "--device=cpu", "-k", "clip or rope or cache_read or loss")
+    select = ("benchmarks", "--device=cpu", "-k", "clip or rope or cache_read or loss or block")
     few = ("--benchmark-max-time=0.001", f"--benchmark-storage={tmp_path}")
     out = tmp_path / "out.json"
     first = run_pytest(*select, *few, "--benchmark-autosave", f"--benchmark-json={out}")
     assert first.returncode == 0, first.stdout + first.stderr
     saved = json.loads(out.read_text())
     names = {b["name"].split("[")[0] for b in saved["benchmarks"]}
-    assert names == {"test_clip", "test_rope", "test_cache_read", "test_loss"}
+    assert names == {
+        "test_clip",
+        "test_rope",
+        "test_cache_read",
+        "test_loss",
+        "test_operation",
+        "test_flux_single_block",
+    }
     assert all(b["stats"]["median"] > 0 for b in saved["benchmarks"])
     assert saved["machine_info"]["torch"] and "gpu" in saved["machine_info"]
     # the saved run gets impossibly fast
@@ -189,6 +197,24 @@ def test_micro_benchmarks_run_and_compare(tmp_path: Path) -> None:
     assert slower.returncode != 0
     assert "(NOW)" in slower.stdout
     assert "Performance has regressed" in slower.stdout + slower.stderr
+
+
+def test_every_public_operation_has_one() -> None:
+    """Those of an optimizer's step are in test_steps.py, attention in test_layers.py."""
+    elsewhere = {"Arena", "attention", "ema_step_", "gradient_norm", "optimizer_step_"}
+    done = run_pytest("--collect-only", "benchmarks/micro/test_operations.py", "--device=cpu")
+    names = {
+        "norm_modulate": "norm modulate",
+        "gated_residual": "gated residual",
+        "gated_residual_norm_modulate": "gated residual norm",
+        "diffusion_loss": "flow loss",
+        "group_norm_silu": "group norm silu channels last",
+    }
+    for operation in set(fasttune_kernels.__all__) - elsewhere:
+        name = names.get(operation, operation.replace("_", " "))
+        assert f"test_operation[cpu-{name}-forward]" in done.stdout
+        assert f"test_operation[cpu-{name}-both]" in done.stdout
+    assert "test_operation[cpu-quantize rows-forward]" in done.stdout
 
 
 def test_pytest_alone_leaves_them_out() -> None:
