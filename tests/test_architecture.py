@@ -66,7 +66,7 @@ ALLOWED = {
 
 LIGHT = {f"{name.replace('.', '/')}.py" for name in CONFIG} | {
     f"fasttune/{name}.py"
-    for name in "__init__ __main__ bench cli doctor environment errors init".split()
+    for name in "__init__ __main__ bench cli doctor environment errors init libraries".split()
 }
 """Load in milliseconds: their imports, outside of functions, are the standard library's."""
 
