@@ -209,8 +209,8 @@ def _optimizer(name: str, device: Any) -> dict[str, str | None]:
         state = made.state[weight]
         m = state["exp_avg"] if "exp_avg" in state else state["exp_avg.codes"]
         by = implementation([weight], [weight.grad], m, None, "stochastic")
-    error = None if right else "its first step gives wrong weights on this machine"
-    return {"kind": type(made).__name__, "by": by, "error": error}
+    problem = None if right else "its first step gives wrong weights on this machine"
+    return {"kind": type(made).__name__, "by": by, "error": problem}
 
 
 def adamw8bit(library: str, name: str) -> dict[str, Any]:
