@@ -191,7 +191,6 @@ def _optimizer(name: str, device: Any) -> dict[str, str | None]:
 
     from fasttune.optim import build_optimizer
     from fasttune.optim.fused_adamw import FusedAdamW
-    from fasttune_kernels.optimizer_step import implementation
 
     weight = torch.nn.Parameter(torch.ones(64, 64, device=device))
     weight.grad = torch.ones_like(weight)
@@ -207,10 +206,19 @@ def _optimizer(name: str, device: Any) -> dict[str, str | None]:
     by = None
     if isinstance(made, FusedAdamW):
         state = made.state[weight]
-        m = state["exp_avg"] if "exp_avg" in state else state["exp_avg.codes"]
-        by = implementation([weight], [weight.grad], m, None, "stochastic")
+        by = _language(state["exp_avg"] if "exp_avg" in state else state["exp_avg.codes"])
     problem = None if right else "its first step gives wrong weights on this machine"
     return {"kind": type(made).__name__, "by": by, "error": problem}
+
+
+def _language(m: Any) -> str:
+    """What `optimizer_step_` runs in on such state, by the same questions."""
+    from fasttune_kernels import dispatch
+    from fasttune_kernels.optimizer_step_cuda import is_default
+
+    if dispatch.runs_triton(m):
+        return "CUDA C++" if is_default(m.device) else "Triton"
+    return "C++" if dispatch.runs_cpp(m) else "PyTorch"
 
 
 def adamw8bit(library: str, name: str) -> dict[str, Any]:

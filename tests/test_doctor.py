@@ -14,7 +14,14 @@ import torch
 from fasttune import doctor, environment, optim, probes
 from fasttune.doctor import Findings, Line, examine, to_json, to_text
 from fasttune.libraries import LIBRARIES
-from fasttune_kernels import cpu_library
+from fasttune.optim.fused_adamw import FusedAdamW
+from fasttune_kernels import (
+    cpu_library,
+    dispatch,
+    optimizer_step,
+    optimizer_step_cuda,
+    optimizer_step_kernels,
+)
 
 GPU = {
     "index": 0,
@@ -321,6 +328,36 @@ def test_optimizers_here(monkeypatch: pytest.MonkeyPatch) -> None:
     assert with_library == {"own": None, "found": {**plain, "adamw": OWN, "adamw8bit": OWN}}
     assert list(with_library["found"]) == list(optim.OPTIMIZERS)
     json.dumps([with_library, without])
+
+
+def test_the_language_is_that_of_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[str] = []
+    for place, name, language in (
+        (optimizer_step_kernels, "launch_step", "Triton"),
+        (optimizer_step, "launch_cuda", "CUDA C++"),
+        (cpu_library, "optimizer_step_", "C++"),
+        (optimizer_step, "_step_torch", "PyTorch"),
+    ):
+        monkeypatch.setattr(place, name, lambda *a, language=language: ran.append(language))
+    weight = torch.nn.Parameter(torch.ones(8))
+    weight.grad = torch.ones(8)
+
+    def language() -> str:
+        optimizer = FusedAdamW([weight])
+        optimizer.step()
+        return probes._language(optimizer.state[weight]["exp_avg"])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cpu_library, "available", lambda: True)
+        assert language() == "C++"
+        patch.setattr(cpu_library, "available", lambda: False)
+        assert language() == "PyTorch"
+    with dispatch.forced("triton"):
+        assert language() == "Triton"
+        for module in (optimizer_step, optimizer_step_cuda):
+            monkeypatch.setattr(module, "is_default", lambda device: True)
+        assert language() == "CUDA C++"
+    assert ran == ["C++", "PyTorch", "Triton", "CUDA C++"]
 
 
 def test_an_optimizer_that_steps_wrongly_is_off(monkeypatch: pytest.MonkeyPatch) -> None:

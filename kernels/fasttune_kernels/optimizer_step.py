@@ -89,28 +89,23 @@ def _optimizer_step_op(
     rounding: str,
     seed: Tensor,
 ) -> None:
-    IMPLEMENTATIONS[implementation(weights, grads, m, ema, rounding)](
+    step: Callable[..., None]
+    if dispatch.runs_triton(m):
+        step = optimizer_step_kernels.launch_step
+        average = None if ema is None else ema.dtype
+        if is_default(m.device) and takes(weights, grads, m.dtype, average, rounding):
+            step = launch_cuda
+    elif dispatch.runs_cpp(m):
+        step = cpu_library.optimizer_step_
+    else:
+        step = _step_torch
+    step(
         *(weights, grads, m, v, m_absmax, v_absmax, ema, compensation),
         *(groups, hyper, scalars, beta1, beta2, eps, rounding, seed),
     )
 
 
 _optimizer_step_op.register_fake(lambda *arguments: None)
-
-
-def implementation(
-    weights: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    m: Tensor,
-    ema: Tensor | None,
-    rounding: str,
-) -> str:
-    """Which of IMPLEMENTATIONS `optimizer_step_` runs on these."""
-    if dispatch.runs_triton(m):
-        average = None if ema is None else ema.dtype
-        fits = is_default(m.device) and takes(weights, grads, m.dtype, average, rounding)
-        return "CUDA C++" if fits else "Triton"
-    return "C++" if dispatch.runs_cpp(m) else "PyTorch"
 
 
 # -- PyTorch implementation ------------------------------------------------------------------------
@@ -221,13 +216,6 @@ def _store(
 def _write(target: Tensor, new: Tensor, keep: Tensor | None) -> None:
     target.copy_(new if keep is None else torch.where(keep, new.to(target.dtype), target))
 
-
-IMPLEMENTATIONS: dict[str, Callable[..., None]] = {
-    "Triton": optimizer_step_kernels.launch_step,
-    "CUDA C++": launch_cuda,
-    "C++": cpu_library.optimizer_step_,
-    "PyTorch": _step_torch,
-}
 
 # -- public function -------------------------------------------------------------------------------
 
