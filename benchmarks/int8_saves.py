@@ -1,6 +1,6 @@
 """What int8 saves do to the gradients, and to a training run. Run by hand:
 
-    python -m benchmarks.int8_saves [--part gradients losses] [--steps 200] [--out FILE]
+    python -m benchmarks.int8_saves [--part gradients losses losses_bf16] [--steps 200] [--keep FOLDER]
 
 **gradients**: real blocks at real width on few tokens, rank 16 adapters on every linear layer, random
 numbers. SQNR in dB of every gradient, 20 log10(|g| / |g' - g|), of the same step with
@@ -19,15 +19,20 @@ again from rounded queries, keys and values; and, in bf16, each alone.
 (the LoRA adapts convolutions too, and blocks with adapted convolutions have no fused form: of the
 ResNet blocks it says nothing). The same seed with saved tensors and with int8, and another seed to see
 what a difference means. On the CPU the quickstart computes, and saves, in float32.
+
+**losses_bf16**: the same with precision.compute = "bf16", where int8 stands against bf16 saves, and a run
+in float32 for what bf16 costs. At 48 px for the time: without AVX-512, PyTorch's bf16 products take 40
+times as long as those in float32.
 """
 
 import argparse
+import hashlib
 import json
 import math
 import statistics
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -49,9 +54,10 @@ from fasttune.models.unet_config import read_unet_config
 RANK = 16
 TEXT = 64
 GRID = 16, 16
-PARTS = ("gradients", "losses")
+PARTS = ("gradients", "losses", "losses_bf16")
 LOGGED = 10
 """Steps between compared losses, which are those of single steps."""
+BF16_RESOLUTION = 48
 
 Gradients = dict[str, Tensor]
 
@@ -215,8 +221,14 @@ def _summary(kind: str, values: Mapping[str, float]) -> Row:
 # --- Losses
 
 
-def loss_rows(steps: int) -> Iterator[Row]:
+def loss_rows(steps: int, *, bf16: bool, kept: Path | None) -> Iterator[Row]:
     config = _short(load_config(ROOT / "configs" / "quickstart.toml"), steps)
+    if bf16:
+        config = replace(
+            config,
+            precision=replace(config.precision, compute="bf16"),
+            data=tuple(replace(source, resolution=BF16_RESOLUTION) for source in config.data),
+        )
     full = replace(
         config,
         adapter=replace(config.adapter, type="none"),
@@ -224,23 +236,25 @@ def loss_rows(steps: int) -> Iterator[Row]:
         export=replace(config.export, formats=("diffusers",)),
     )
     for name, base in {"lora": config, "full": full}.items():
-        saved = curve(base)
-        other = curve(replace(base, run=replace(base.run, seed=base.run.seed + 1)))
-        rounded = curve(replace(base, memory=replace(base.memory, activations="int8")))
-        yield {
-            "measurement": "int8 saves, losses",
-            "case": f"quickstart {name}",
-            "steps": steps,
-            **_difference("int8", saved, rounded),
-            **_difference("other_seed", saved, other),
-            "held_out_save": saved.held_out,
-            "held_out_int8": rounded.held_out,
-            "held_out_other_seed": other.held_out,
-            "every": LOGGED,
-            "losses_save": saved.losses,
-            "losses_int8": rounded.losses,
-            "losses_other_seed": other.losses,
+        runs = {
+            "save": base,
+            "int8": replace(base, memory=replace(base.memory, activations="int8")),
+            "other_seed": replace(base, run=replace(base.run, seed=base.run.seed + 1)),
         }
+        if bf16:
+            runs["fp32"] = replace(base, precision=replace(base.precision, compute="fp32"))
+        curves = {run: curve(changed, kept) for run, changed in runs.items()}
+        saved = curves["save"]
+        row: Row = {
+            "measurement": "int8 saves, losses",
+            "case": f"quickstart {name}" + (f", bf16, {BF16_RESOLUTION} px" if bf16 else ""),
+            "steps": steps,
+        }
+        for run in list(curves)[1:]:
+            row |= _difference(run, saved, curves[run])
+        row |= {f"held_out_{run}": found.held_out for run, found in curves.items()}
+        row |= {"every": LOGGED}
+        yield row | {f"losses_{run}": found.losses for run, found in curves.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,10 +265,14 @@ class Curve:
     held_out: float
 
 
-def curve(config: Config) -> Curve:
-    """A run of its own, whose folder is removed."""
+def curve(config: Config, kept: Path | None) -> Curve:
+    """A run of its own, whose folder is removed. `kept` has those made before, by their config."""
     from fasttune.train import train
 
+    text = json.dumps(asdict(config), sort_keys=True, default=str)
+    path = kept and kept / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.json"
+    if path is not None and path.exists():
+        return Curve(**json.loads(path.read_text(encoding="utf-8")))
     with tempfile.TemporaryDirectory(prefix="fasttune-int8-") as folder:
         run = replace(config.run, output_dir=folder)
         if train(replace(config, run=run)) != 0:
@@ -262,7 +280,11 @@ def curve(config: Config) -> Curve:
         text = (Path(folder) / config.run.name / "metrics.jsonl").read_text(encoding="utf-8")
     lines = [json.loads(line) for line in text.splitlines()]
     held_out = [line["held_out_loss"] for line in lines if "held_out_loss" in line]
-    return Curve([round(line["loss"], 6) for line in lines if "loss" in line], held_out[-1])
+    found = Curve([round(line["loss"], 6) for line in lines if "loss" in line], held_out[-1])
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(asdict(found)), encoding="utf-8")
+    return found
 
 
 def _short(config: Config, steps: int) -> Config:
@@ -295,6 +317,7 @@ def main() -> None:
     parser.add_argument("--part", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--only", default="", help="of the gradients: blocks whose name has this")
     parser.add_argument("--steps", type=int, default=200, help="of the losses")
+    parser.add_argument("--keep", type=Path, help="where finished runs are, and are not made again")
     parser.add_argument("--out", type=Path, help="default results/<machine>.jsonl")
     args = parser.parse_args()
     facts = machine()
@@ -302,7 +325,9 @@ def main() -> None:
     if "gradients" in args.part:
         rows += gradient_rows(args.only)
     if "losses" in args.part:
-        rows += loss_rows(args.steps)
+        rows += loss_rows(args.steps, bf16=False, kept=args.keep)
+    if "losses_bf16" in args.part:
+        rows += loss_rows(args.steps, bf16=True, kept=args.keep)
     rows = [{**row, **facts} for row in rows]
     write_rows(args.out or RESULTS / f"{machine_name(facts)}.jsonl", rows)
     print(summary(rows))

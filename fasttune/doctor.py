@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fasttune import __version__, environment
+from fasttune.libraries import LIBRARIES, Library
 from fasttune.probes import probe
 
 log = logging.getLogger(__name__)
@@ -27,70 +28,13 @@ log = logging.getLogger(__name__)
 Status = Literal["ok", "missing", "off"]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Library:
-    """A library that fasttune uses, and the versions it works with: those of pyproject.toml."""
-
-    name: str
-    minimum: str
-    below: str | None = None
-    extra: str | None = None
-    """The extra that installs it; None: it is required."""
-    used_for: str
-    without: str = ""
-    """What happens without an optional one."""
-    probe: tuple[str, ...] = ()
-
-
-LIBRARIES = (
-    Library(name="torch", minimum="2.11", below="2.14", used_for="everything"),
-    Library(name="numpy", minimum="1.26", used_for="images"),
-    Library(name="safetensors", minimum="0.5", used_for="weights and caches"),
-    Library(name="pillow", minimum="11", used_for="reading images"),
-    Library(name="tqdm", minimum="4.66", used_for="progress bars"),
-    Library(
-        name="diffusers",
-        minimum="0.36",
-        used_for="autoencoders",
-        probe=("imports", "diffusers", "AutoencoderKL"),
-    ),
-    Library(
-        name="transformers",
-        minimum="4.57",
-        used_for="text encoders",
-        probe=("imports", "transformers", "CLIPTextModel", "T5EncoderModel", "AutoTokenizer"),
-    ),
-    Library(name="accelerate", minimum="1.0", used_for="loading the frozen models"),
-    Library(name="huggingface_hub", minimum="0.34", used_for="models by hub id"),
-    Library(name="jinja2", minimum="3.1", used_for="report.html"),
-    Library(
-        name="triton",
-        minimum="3.6",
-        extra="dev",
-        used_for="torch.compile on a GPU",
-        without="comes with the GPU builds of torch; not needed on a CPU",
-        probe=("imports", "triton"),
-    ),
-    Library(
-        name="torchao",
-        minimum="0.14",
-        extra="torchao",
-        used_for='optimizer.name = "adamw8bit"',
-        probe=("imports", "torchao.optim", "AdamW8bit"),
-    ),
-    Library(
-        name="bitsandbytes",
-        minimum="0.46",
-        extra="bitsandbytes",
-        used_for='optimizer.name = "adamw8bit"',
-        probe=("adamw8bit", "bitsandbytes", "auto"),
-    ),
-    Library(name="pyarrow", minimum="15", extra="parquet", used_for='data.captions = "parquet"'),
-    Library(
-        name="tensorboard", minimum="2.16", extra="tensorboard", used_for="logging.tensorboard"
-    ),
-    Library(name="wandb", minimum="0.17", extra="wandb", used_for="logging.wandb"),
-)
+STEPS = {
+    "FusedAdamW": "one operation for clipping, update, rounding and average",
+    "AdamW": "torch's fused kernel, 16-bit weights by its operations on many tensors at once",
+    "Adafactor": "PyTorch's operations on many tensors at once",
+    "Lion": "PyTorch's operations on many tensors at once",
+}
+"""What an optimizer's class takes its step by."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -128,10 +72,12 @@ def examine() -> Findings:
         }
         build = pool.submit(probe, "torch_build")
         operations = pool.submit(probe, "device_operations", "auto")
+        steps = pool.submit(probe, "optimizers", "auto")
         errors = {name: future.result().get("error") for name, future in pending.items()}
-        torch, device = build.result(), operations.result()
+        torch, device, optimizers = build.result(), operations.result(), steps.result()
     errors["torch"] = torch.get("error")
-    if errors.get("bitsandbytes", "missing") is not None and errors.get("torchao", "") is None:
+    unused = optimizers.get("own", "") is None or errors.get("bitsandbytes", "missing") is None
+    if not unused and errors.get("torchao", "") is None:
         # Its first step compiles, which takes long: tried only where it would be used.
         errors["torchao"] = probe("adamw8bit", "torchao", "auto").get("error")
     libraries = tuple(_library(library, errors.get(library.name)) for library in LIBRARIES)
@@ -139,7 +85,9 @@ def examine() -> Findings:
         system=tuple(_system()),
         devices=tuple(_devices(torch)),
         libraries=libraries,
-        features=tuple(_features(torch, device, {line.name: line for line in libraries})),
+        features=tuple(
+            _features(torch, device, optimizers, {line.name: line for line in libraries})
+        ),
     )
 
 
@@ -298,7 +246,10 @@ def _why_no_gpu(torch: dict[str, Any], driver: tuple[str, str] | None) -> Line:
 
 
 def _features(
-    torch: dict[str, Any], device: dict[str, Any], libraries: dict[str, Line]
+    torch: dict[str, Any],
+    device: dict[str, Any],
+    optimizers: dict[str, Any],
+    libraries: dict[str, Line],
 ) -> Iterator[Line]:
     if device.get("error"):
         yield Line(name="training", status="off", text=device["error"])
@@ -321,13 +272,7 @@ def _features(
     )
     if torch["build"].startswith("ROCm"):
         yield _aotriton()
-    fused = device["fused_adamw"]
-    yield Line(
-        name="adamw",
-        status="ok" if fused is None else "off",
-        text="torch's fused kernel" if fused is None else fused,
-    )
-    yield _adamw8bit(libraries)
+    yield from _optimizers(optimizers, libraries)
     yield _compiler(torch, libraries)
 
 
@@ -342,9 +287,29 @@ def _aotriton() -> Line:
     return Line(name="attention on RDNA", status="off", text=text)
 
 
-def _adamw8bit(libraries: dict[str, Line]) -> Line:
-    """As optim/adamw8bit.py chooses: bitsandbytes, then torchao."""
-    reasons: list[str] = []
+def _optimizers(probed: dict[str, Any], libraries: dict[str, Line]) -> Iterator[Line]:
+    """What each of optimizer.name is here, and why it is not more."""
+    if probed.get("error"):
+        yield Line(name="optimizers", status="off", text=probed["error"])
+        return
+    own = probed["own"]
+    for name, found in probed["found"].items():
+        if found["error"] is not None:
+            yield Line(name=name, status="off", text=found["error"])
+            continue
+        text = f"by {STEPS[found['kind']]}"
+        if found["by"] is not None:
+            text += f", in {found['by']}"
+        elif name == "adamw":
+            text += f"; not by {STEPS['FusedAdamW']}, nor with bf16 or 8-bit state: {own}"
+        yield Line(name=name, status="ok", text=text)
+    if own is not None:
+        yield _adamw8bit(own, libraries)
+
+
+def _adamw8bit(own: str, libraries: dict[str, Line]) -> Line:
+    """As optim/adamw8bit.py chooses where our own operation does not run: bitsandbytes, then torchao."""
+    reasons = [f"fasttune: {own}"]
     for name in ("bitsandbytes", "torchao"):
         line = libraries[name]
         if line.status == "ok":

@@ -142,7 +142,6 @@ def device_operations(name: str) -> dict[str, Any]:
         "placement": place(device=name, base="auto", compute="auto", adapter=True).reason,
         "dtypes": dtypes,
         "attention": _attention_backends(device),
-        "fused_adamw": _fused_adamw(device),
     }
 
 
@@ -171,16 +170,55 @@ def _attention_backends(device: Any) -> dict[str, str | None]:
     return backends
 
 
-def _fused_adamw(device: Any) -> str | None:
+def optimizers(name: str) -> dict[str, Any]:
+    """What each of optimizer.name is on run.device = `name`: the class that was built, what it runs by
+    if that is our own, and why it failed. `own` is why the weights are not our own op's, None if they
+    are; "adamw8bit" is built only there, as libraries may abort the process (`adamw8bit` tries them)."""
     import torch
 
-    weight = torch.nn.Parameter(torch.ones(8, device=device))
+    from fasttune.device import pick_device
+    from fasttune.optim import OPTIMIZERS, fused_adamw
+
+    device = pick_device(name)
+    weight = torch.nn.Parameter(torch.ones(64, 64, device=device))
+    own = fused_adamw.why_not([weight], eps=1e-8, device_type=device.type)
+    names = [x for x in OPTIMIZERS if own is None or x != "adamw8bit"]
+    return {"own": own, "found": {x: _optimizer(x, device) for x in names}}
+
+
+def _optimizer(name: str, device: Any) -> dict[str, str | None]:
+    import torch
+
+    from fasttune.optim import build_optimizer
+    from fasttune.optim.fused_adamw import FusedAdamW
+
+    weight = torch.nn.Parameter(torch.ones(64, 64, device=device))
     weight.grad = torch.ones_like(weight)
+    options: dict[str, Any] = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
     try:
-        torch.optim.AdamW([weight], fused=True).step()
-    except RuntimeError as error:
-        return one_line(error)
-    return None
+        made = build_optimizer(name, [("weight", weight)], lr=0.5, **options)
+        made.step()
+        found = weight.detach().cpu()
+    except Exception as error:  # whatever a kernel that does not compile or start raises
+        return {"kind": None, "by": None, "error": one_line(error)}
+    # The first step of each is lr times the sign of this gradient: 1 becomes 0.5.
+    right = torch.allclose(found, torch.tensor(0.5), atol=0.02)
+    by = None
+    if isinstance(made, FusedAdamW):
+        state = made.state[weight]
+        by = _language(state["exp_avg"] if "exp_avg" in state else state["exp_avg.codes"])
+    problem = None if right else "its first step gives wrong weights on this machine"
+    return {"kind": type(made).__name__, "by": by, "error": problem}
+
+
+def _language(m: Any) -> str:
+    """What `optimizer_step_` runs in on such state, by the same questions."""
+    from fasttune_kernels import dispatch
+    from fasttune_kernels.optimizer_step_cuda import is_default
+
+    if dispatch.runs_triton(m):
+        return "CUDA C++" if is_default(m.device) else "Triton"
+    return "C++" if dispatch.runs_cpp(m) else "PyTorch"
 
 
 def adamw8bit(library: str, name: str) -> dict[str, Any]:
@@ -202,6 +240,7 @@ def imports(module: str, *names: str) -> dict[str, Any]:
 PROBES: dict[str, Callable[..., dict[str, Any]]] = {
     "torch_build": torch_build,
     "device_operations": device_operations,
+    "optimizers": optimizers,
     "adamw8bit": adamw8bit,
     "imports": imports,
 }

@@ -9,9 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from fasttune import doctor, environment, probes
-from fasttune.doctor import LIBRARIES, Findings, Line, examine, to_json, to_text
+from fasttune import doctor, environment, optim, probes
+from fasttune.doctor import Findings, Line, examine, to_json, to_text
+from fasttune.libraries import LIBRARIES
+from fasttune.optim.fused_adamw import FusedAdamW
+from fasttune_kernels import (
+    cpu_library,
+    dispatch,
+    optimizer_step,
+    optimizer_step_cuda,
+    optimizer_step_kernels,
+)
 
 GPU = {
     "index": 0,
@@ -38,8 +48,16 @@ OPERATIONS = {
     "placement": "device cpu, compute fp32",
     "dtypes": {"fp32": None, "bf16": None, "fp16": "RuntimeError: no half"},
     "attention": {"cudnn": "RuntimeError: none", "flash": None, "math": None},
-    "fused_adamw": None,
 }
+PLAIN = {"by": None, "error": None}
+OTHERS = {"adafactor": {"kind": "Adafactor", **PLAIN}, "lion": {"kind": "Lion", **PLAIN}}
+OWN = {"kind": "FusedAdamW", "by": "C++", "error": None}
+OPTIMIZERS = {"own": None, "found": {"adamw": OWN, "adamw8bit": OWN, **OTHERS}}
+NOT_BUILT = {
+    "own": "_cpu.so is not built: install fasttune where there is a C++ compiler",
+    "found": {"adamw": {"kind": "AdamW", **PLAIN}, **OTHERS},
+}
+"""Of a CPU without the library of csrc/cpu."""
 VERSIONS = {library.name: library.minimum for library in LIBRARIES}
 
 
@@ -48,6 +66,7 @@ def found(
     *,
     torch: dict[str, Any] | None = None,
     operations: dict[str, Any] | None = None,
+    optimizers: dict[str, Any] | None = None,
     broken: dict[str, str] | None = None,
     versions: dict[str, str | None] | None = None,
     driver: tuple[str, str] | None = None,
@@ -59,6 +78,8 @@ def found(
             return TORCH | (torch or {})
         if name == "device_operations":
             return OPERATIONS | (operations or {})
+        if name == "optimizers":
+            return optimizers or OPTIMIZERS
         return {"error": (broken or {}).get(args[0].split(".")[0])}
 
     monkeypatch.setattr(doctor, "probe", answer)
@@ -75,7 +96,10 @@ def test_all_well(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {line.status for line in findings.libraries} == {"ok"}
     assert lines["attention"].text.endswith("by flash, math")
     assert lines["precision"].text == "matmuls in fp32, bf16; fp16: RuntimeError: no half"
-    assert lines["adamw8bit"].text == "by bitsandbytes"
+    for name in ("adamw", "adamw8bit"):
+        assert lines[name].status == "ok"
+        assert lines[name].text == f"by {doctor.STEPS['FusedAdamW']}, in C++"
+    assert lines["lion"].text == "by PyTorch's operations on many tensors at once"
     assert lines["cuda"] == Line(
         name="cuda", status="missing", text="torch 2.13.0+cpu is a CPU build"
     )
@@ -139,6 +163,7 @@ def test_missing_and_broken_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
     findings, lines = found(
         monkeypatch,
         broken={"bitsandbytes": "OSError: libcudart.so: no such file"},
+        optimizers=NOT_BUILT,
         versions={"torchao": None, "wandb": None, "tensorboard": "2.1"},
     )
     assert findings.can_train
@@ -146,15 +171,68 @@ def test_missing_and_broken_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
     assert lines["bitsandbytes"].text.endswith("does not work: OSError: libcudart.so: no such file")
     assert lines["torchao"].status == "missing"
     assert lines["adamw8bit"].status == "off"
+    assert lines["adamw8bit"].text.startswith(f"fasttune: {NOT_BUILT['own']}; bitsandbytes: ")
     assert "libcudart" in lines["adamw8bit"].text
     assert "torchao: not installed" in lines["adamw8bit"].text
     assert lines["wandb"].text == "for logging.wandb; pip install 'fasttune[wandb]'"
     assert lines["tensorboard"].text.startswith("2.1, needed is >=2.16")
 
 
-def test_torchao_steps_in_for_bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> None:
-    _, lines = found(monkeypatch, versions={"bitsandbytes": None})
-    assert lines["adamw8bit"].text == "bitsandbytes: not installed; by torchao"
+def test_libraries_step_in_where_our_own_step_does_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = f"fasttune: {NOT_BUILT['own']}; "
+    _, lines = found(monkeypatch, optimizers=NOT_BUILT)
+    assert lines["adamw8bit"].text == f"{own}by bitsandbytes"
+    _, lines = found(monkeypatch, optimizers=NOT_BUILT, versions={"bitsandbytes": None})
+    assert lines["adamw8bit"].text == f"{own}bitsandbytes: not installed; by torchao"
+    assert lines["adamw"].status == "ok"
+    assert lines["adamw"].text.startswith("by torch's fused kernel")
+    assert lines["adamw"].text.endswith(f"nor with bf16 or 8-bit state: {NOT_BUILT['own']}")
+
+
+@pytest.mark.parametrize(
+    ("optimizers", "missing", "tried"),
+    [
+        (OPTIMIZERS, {}, False),
+        (OPTIMIZERS, {"bitsandbytes": None}, False),
+        (NOT_BUILT, {}, False),
+        (NOT_BUILT, {"bitsandbytes": None}, True),
+    ],
+)
+def test_torchao_compiles_only_where_it_would_be_used(
+    monkeypatch: pytest.MonkeyPatch,
+    optimizers: dict[str, Any],
+    missing: dict[str, str | None],
+    tried: bool,
+) -> None:
+    found(monkeypatch, optimizers=optimizers, versions=missing)
+    asked: list[tuple[str, ...]] = []
+    answer = doctor.probe
+    monkeypatch.setattr(doctor, "probe", lambda *a: asked.append(a) or answer(*a))
+    examine()
+    assert (("adamw8bit", "torchao", "auto") in asked) is tried
+
+
+def test_needs_no_library_for_8_bits_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    step = {**OWN, "by": "Triton"}
+    optimizers = {"own": None, "found": {"adamw": step, "adamw8bit": step, **OTHERS}}
+    missing: dict[str, str | None] = {"bitsandbytes": None, "torchao": None}
+    _, lines = found(monkeypatch, optimizers=optimizers, versions=missing)
+    assert lines["adamw8bit"].status == "ok"
+    assert lines["adamw8bit"].text.endswith(", in Triton")
+    assert "where fasttune's own operation does not run" in lines["torchao"].text
+
+
+def test_optimizers_that_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = {"kind": None, "by": None, "error": "CompilationError: no ptxas"}
+    optimizers = {"own": None, "found": {"adamw": broken, "adamw8bit": broken, **OTHERS}}
+    _, lines = found(monkeypatch, optimizers=optimizers)
+    for name in ("adamw", "adamw8bit"):
+        assert lines[name] == Line(name=name, status="off", text="CompilationError: no ptxas")
+    assert lines["lion"].status == "ok"
+    _, lines = found(monkeypatch, optimizers={"error": "crashes the process (SIGSEGV)"})
+    assert lines["optimizers"].status == "off"
+    assert "SIGSEGV" in lines["optimizers"].text
+    assert "adamw" not in lines
 
 
 def test_required_libraries_decide(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -226,16 +304,72 @@ def test_probe_of_a_missing_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_what_torch_says_here() -> None:
-    import torch
-
     build = probes.torch_build()
     assert build["version"] == torch.__version__
     assert len(build["gpus"]) == torch.cuda.device_count()
     operations = probes.device_operations("cpu")
     assert operations["dtypes"]["fp32"] is None
     assert operations["attention"]["math"] is None
-    assert operations["fused_adamw"] is None
     json.dumps([build, operations])
+
+
+def test_optimizers_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_library, "_open", lambda: "planted")
+    without = probes.optimizers("cpu")
+    assert without["own"] == "planted"
+    kinds = {"adamw": "AdamW", "adafactor": "Adafactor", "lion": "Lion"}
+    plain = {name: {"kind": kind, **PLAIN} for name, kind in kinds.items()}
+    assert without["found"] == plain
+    assert set(kinds.values()) | {"FusedAdamW"} == doctor.STEPS.keys()
+    monkeypatch.undo()
+    if not cpu_library.available():
+        pytest.skip(cpu_library.reason())
+    with_library = probes.optimizers("cpu")
+    assert with_library == {"own": None, "found": {**plain, "adamw": OWN, "adamw8bit": OWN}}
+    assert list(with_library["found"]) == list(optim.OPTIMIZERS)
+    json.dumps([with_library, without])
+
+
+def test_the_language_is_that_of_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[str] = []
+    for place, name, language in (
+        (optimizer_step_kernels, "launch_step", "Triton"),
+        (optimizer_step, "launch_cuda", "CUDA C++"),
+        (cpu_library, "optimizer_step_", "C++"),
+        (optimizer_step, "_step_torch", "PyTorch"),
+    ):
+        monkeypatch.setattr(place, name, lambda *a, language=language: ran.append(language))
+    weight = torch.nn.Parameter(torch.ones(8))
+    weight.grad = torch.ones(8)
+
+    def language() -> str:
+        optimizer = FusedAdamW([weight])
+        optimizer.step()
+        return probes._language(optimizer.state[weight]["exp_avg"])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cpu_library, "available", lambda: True)
+        assert language() == "C++"
+        patch.setattr(cpu_library, "available", lambda: False)
+        assert language() == "PyTorch"
+    with dispatch.forced("triton"):
+        assert language() == "Triton"
+        for module in (optimizer_step, optimizer_step_cuda):
+            monkeypatch.setattr(module, "is_default", lambda device: True)
+        assert language() == "CUDA C++"
+    assert ran == ["C++", "PyTorch", "Triton", "CUDA C++"]
+
+
+def test_an_optimizer_that_steps_wrongly_is_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    def build(name: str, params: Any, **options: Any) -> torch.optim.Optimizer:
+        if name == "lion":
+            raise RuntimeError("no kernel\nat all")
+        return torch.optim.SGD([p for _, p in params], lr=0.1)
+
+    monkeypatch.setattr(optim, "build_optimizer", build)
+    answers = probes.optimizers("cpu")["found"]
+    assert "wrong weights" in answers["adamw"]["error"]
+    assert answers["lion"]["error"] == "RuntimeError: no kernel"
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,15 @@ import torch
 from fasttune_kernels.dispatch import arch
 from fasttune_kernels.launch import CudaLaunch
 
-SOURCES = Path(__file__).parents[2] / "csrc" / "cuda"
+
+def source_folder(package: Path) -> Path:
+    """Where a folder of this package has its CUDA C++: in itself where it was installed, as pyproject.toml
+    puts csrc/cuda there, else in the source tree around it."""
+    installed = package / "cuda"
+    return installed if installed.is_dir() else package.parents[1] / "csrc" / "cuda"
+
+
+SOURCES = source_folder(Path(__file__).parent)
 WHEELS = "cuda-core, cuda-bindings, nvidia-cuda-nvrtc"
 
 
