@@ -3,12 +3,14 @@
 The body of an operation runs on tensors without memory, with its Triton kernels replaced by a note and the
 questions it asks of a GPU answered for one card. So a second stage, a vendor's product inside, a copy for
 the sake of strides are counted where they take place, and there is no list of operations to keep up.
+recorded_launches.py keeps what each kernel is launched with.
 """
 
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 from unittest import mock
@@ -31,6 +33,17 @@ BACKENDS = frozenset({"short", "flash", "efficient", "own_flash"})
 """Of attention, on such a card."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Card:
+    """What operations ask of a GPU."""
+
+    arch: str
+    processors: int
+    """As PyTorch counts them."""
+    backends: frozenset[str]
+    """Of attention: what `attention_dispatch.available` finds there."""
+
+
 def launches_of(op: OpOverload, args: Any, kwargs: Any) -> Counter[str]:
     """By kind: "custom" are Triton kernels, all others operations of torch inside of ours. Of tensors only
     shapes, strides and dtypes are looked at. An operation without a body of Python is one launch."""
@@ -46,7 +59,13 @@ def _launches(name: str, leaves: tuple[Any, ...], structure: Any) -> Counter[str
     args, kwargs = tree_unflatten(
         [_without_memory(x) if isinstance(x, Like) else x for x in leaves], structure
     )
-    with _noted() as found:
+    found: Counter[str] = Counter()
+
+    def count(kernel: Any, args: Any, kwargs: Any) -> None:
+        found["custom"] += 1
+
+    card = Card(arch=ARCH, processors=PROCESSORS, backends=BACKENDS)
+    with launching_on(card, count), _Operations(found):
         OPDEFS[name]._init_fn(*args, **kwargs)
     return found
 
@@ -68,23 +87,35 @@ class _Operations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+Launched = Callable[[Any, tuple[Any, ...], dict[str, Any]], None]
+"""Gets a kernel and what it is launched with."""
+
+
 @contextmanager
-def _noted() -> Iterator[Counter[str]]:
-    """Within, kernels of Triton are counted and not run, and operations of torch counted, too."""
+def launching_on(card: Card, launched: Launched) -> Iterator[None]:
+    """Within, operations take their tensors for ones on this card, and kernels of Triton are given to
+    `launched` and not run."""
     from triton.runtime.jit import KernelInterface  # absent on some machines
 
-    found: Counter[str] = Counter()
-
     def at(kernel: Any, grid: Any) -> Any:
-        def launch(*args: Any, **kwargs: Any) -> None:
-            found["custom"] += 1
+        return lambda *args, **kwargs: launched(kernel, args, kwargs)
 
-        return launch
+    def backend_of(q: Tensor, k: Tensor, mask: Tensor | None) -> attention_dispatch.Backend:
+        case = attention_dispatch.Case(
+            arch=card.arch,
+            dtype=q.dtype,
+            num_queries=q.shape[1],
+            num_keys=k.shape[1],
+            num_heads=q.shape[2],
+            width=q.shape[3],
+            is_masked=mask is not None,
+        )
+        return attention_dispatch.choose(case, card.backends)
 
     answers = {
-        dispatch.arch: lambda device: ARCH,
-        dispatch.num_processors: lambda device: PROCESSORS,
-        attention_dispatch.backend_of: _backend_of,
+        dispatch.arch: lambda device: card.arch,
+        dispatch.num_processors: lambda device: card.processors,
+        attention_dispatch.backend_of: backend_of,
     }
     with ExitStack() as stack:
         stack.enter_context(dispatch.forced("triton"))
@@ -93,18 +124,4 @@ def _noted() -> Iterator[Counter[str]]:
             for asked, answer in answers.items():
                 if vars(module).get(asked.__name__) is asked:
                     stack.enter_context(mock.patch.object(module, asked.__name__, answer))
-        stack.enter_context(_Operations(found))
-        yield found
-
-
-def _backend_of(q: Tensor, k: Tensor, mask: Tensor | None) -> attention_dispatch.Backend:
-    case = attention_dispatch.Case(
-        arch=ARCH,
-        dtype=q.dtype,
-        num_queries=q.shape[1],
-        num_keys=k.shape[1],
-        num_heads=q.shape[2],
-        width=q.shape[3],
-        is_masked=mask is not None,
-    )
-    return attention_dispatch.choose(case, BACKENDS)
+        yield
