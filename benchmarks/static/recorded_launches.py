@@ -159,17 +159,16 @@ class _Known:
 def launches_of_calls(calls: Sequence[Call], listed: Iterable[Any] = ()) -> list[Launch]:
     """See `launches_in_steps`."""
     listed = [launch for launch in listed if isinstance(launch, Launch)]
-    found: dict[str, Launch] = {}
+    found: dict[tuple[str, bool], Launch] = {}
     for card in CARDS:
         known, target = _known(listed, card.arch), targets.target_of(card.arch)
         for launch in launches_on(card, calls):
             if triton_offline.identity(launch, target) in known.identities:
                 continue
             matrix = known.matrix.get(launch.kernel(), False)
-            before = found.get(launch.name)
-            archs = (card.arch,) if before is None else (*before.targets, card.arch)
-            matrix = matrix if before is None else matrix and before.matrix
-            found[launch.name] = replace(launch, targets=archs, matrix=matrix)
+            before = found.get((launch.name, matrix))
+            archs = before.targets if before else ()
+            found[launch.name, matrix] = replace(launch, targets=(*archs, card.arch), matrix=matrix)
     return sorted(found.values(), key=lambda launch: launch.name)
 
 
