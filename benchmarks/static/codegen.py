@@ -1,15 +1,17 @@
 """Gate: what every kernel that ships takes on every GPU it ships for, compiled without one.
 
-Registers, memory used in their place, shared memory, the matrix instruction and the number of
-instructions are compared with the expectation like all numbers. What did not change since they were
-recorded is not compiled again (lock.py). Some states fail even where they are
-expected: a spill, a lost matrix instruction, and more than the hardware has, which compilers do not
-refuse. Exceptions are in expected/codegen_allowed.toml, each with its reason.
+Kernels ship as their files list them, for all targets, and as steps of shipped configs launch them,
+for some cards (recorded_launches.py). Registers, memory used in their place, shared memory, the
+matrix instruction and the number of instructions are compared with the expectation like all
+numbers. What did not change since they were recorded is not compiled again (lock.py). Some states
+fail even where they are expected: a spill, a lost matrix instruction, and more than the hardware
+has, which compilers do not refuse. Exceptions are in expected/codegen_allowed.toml, each with its
+reason.
 
     python -m benchmarks.static.codegen --only norm --target sm_89 --target gfx1100
 
-prints a table for whoever writes a kernel. Results are kept on disk under a hash of all that they
-depend on.
+prints a table for whoever writes a kernel, and below it what launches of steps are specialised on.
+Results are kept on disk under a hash of all that they depend on.
 """
 
 import argparse
@@ -24,6 +26,7 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
+from typing import TypeVar
 
 from benchmarks.harness import ROOT, Row, emit, table
 from benchmarks.static import (
@@ -35,12 +38,13 @@ from benchmarks.static import (
     triton_offline,
 )
 from benchmarks.static.compile_jobs import Job, results_of
+from benchmarks.static.recorded_launches import described, launches_in_steps
 from benchmarks.static.targets import Resources
 from benchmarks.static.unlisted import entry_kernels
 from fasttune.errors import FasttuneError
 from fasttune_kernels.launch import CudaLaunch, Launch, launches
 
-VERSIONS = ("triton",)
+VERSIONS = ("torch", "triton")
 OP_FILES = ROOT / "kernels" / "fasttune_kernels"
 CUDA_FILES = ROOT / "csrc" / "cuda"
 CACHE = ROOT / ".cache" / "codegen"
@@ -62,8 +66,10 @@ def fresh_rows(jobs: int = 2) -> Iterator[Row]:
 
 
 def _all_rows(locked: Mapping[str, str], cache: Path, jobs: int) -> Iterator[Row]:
+    listed = launches()
     return inspect(
-        launches(),
+        listed,
+        in_steps=launches_in_steps(listed),
         op_files=sorted(OP_FILES.rglob("*.py")),
         cuda_files=CUDA_FILES,
         allowed=read_allowed(ALLOWED),
@@ -75,8 +81,9 @@ def _all_rows(locked: Mapping[str, str], cache: Path, jobs: int) -> Iterator[Row
 
 
 def inspect(
-    shipped: Sequence[Launch | CudaLaunch],
+    listed: Sequence[Launch | CudaLaunch],
     *,
+    in_steps: Sequence[Launch] = (),
     op_files: Sequence[Path],
     cuda_files: Path,
     allowed: Exceptions,
@@ -88,15 +95,17 @@ def inspect(
 ) -> Iterator[Row]:
     """Compiles what neither the folder `cache` has nor the digests `locked` vouch for in the rows
     `recorded`, and yields the rows. `op_files` and the folder `cuda_files` are searched for kernels
-    without a launch. `tell` gets how many were compiled and how many results were kept."""
+    without a listed launch. `tell` gets how many were compiled and how many results were kept."""
     sources = sorted(cuda_files.glob("*.cu"))
+    shipped = [*listed, *in_steps]
     missing = _missing_compilers(shipped)
     yield {
         "case": "kernels",
-        "launches": sum(isinstance(launch, Launch) for launch in shipped),
-        "cuda_launches": sum(isinstance(launch, CudaLaunch) for launch in shipped),
+        "launches": sum(isinstance(launch, Launch) for launch in listed),
+        "launches_in_steps": len(in_steps),
+        "cuda_launches": sum(isinstance(launch, CudaLaunch) for launch in listed),
         "cuda_files": len(sources),
-        "problem": _text(_unlisted(shipped, op_files, sources) | missing),
+        "problem": _text(_unlisted(listed, op_files, sources) | missing),
     }
     jobs, failures = _jobs([k for k in shipped if _compiler(k) not in missing], cuda_files)
     yield from ({"case": case, "problem": text} for case, text in failures.items())
@@ -148,13 +157,13 @@ def _text(problems: Mapping[str, str]) -> str:
 
 
 def _unlisted(
-    shipped: Sequence[Launch | CudaLaunch], op_files: Sequence[Path], sources: Sequence[Path]
+    listed: Sequence[Launch | CudaLaunch], op_files: Sequence[Path], sources: Sequence[Path]
 ) -> dict[str, str]:
-    listed = {launch.source for launch in shipped if isinstance(launch, CudaLaunch)}
-    names = [source.name for source in sources if source.name not in listed]
+    named = {launch.source for launch in listed if isinstance(launch, CudaLaunch)}
+    names = [source.name for source in sources if source.name not in named]
     kernels = entry_kernels(op_files)
     if kernels and importlib.util.find_spec("triton"):
-        for launch in shipped:
+        for launch in listed:
             with suppress(ValueError):  # no kernel; its own rows say so
                 if isinstance(launch, Launch):
                     kernel = triton_offline.kernel_of(launch)
@@ -255,6 +264,19 @@ def _launches_in(path: Path) -> tuple[Launch | CudaLaunch, ...]:
     return tuple(module.LAUNCHES)
 
 
+_L = TypeVar("_L", bound=Launch | CudaLaunch)
+
+
+def _chosen(found: Sequence[_L], part: str, names: Sequence[str] | None) -> list[_L]:
+    """Those with this part in their name, for the targets with these names, or for all of theirs."""
+    wanted = [
+        (launch, tuple(t for t in launch.targets if names is None or t in names))
+        for launch in found
+        if part in launch.name
+    ]
+    return [dataclasses.replace(launch, targets=chosen) for launch, chosen in wanted if chosen]
+
+
 def main() -> None:
     """Prints what the chosen launches take."""
     parser = argparse.ArgumentParser(description="What kernels take on each GPU, without a GPU.")
@@ -266,16 +288,12 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=CACHE)
     parser.add_argument("--rows", action="store_true", help="JSON rows instead of a table")
     args = parser.parse_args()
-    shipped = _launches_in(args.launches) if args.launches else launches()
-    chosen = [
-        dataclasses.replace(
-            launch,
-            targets=tuple(t for t in launch.targets if t in (args.target or launch.targets)),
-        )
-        for launch in shipped
-        if args.only in launch.name and set(launch.targets) & set(args.target or launch.targets)
-    ]
-    cases = {f"{launch.name} / {target}" for launch in chosen for target in launch.targets}
+    listed = _launches_in(args.launches) if args.launches else launches()
+    in_steps = [] if args.launches else launches_in_steps(listed)
+    chosen = _chosen(listed, args.only, args.target)
+    chosen_steps = _chosen(in_steps, args.only, args.target)
+    both = [*chosen, *chosen_steps]
+    cases = {f"{launch.name} / {target}" for launch in both for target in launch.targets}
     allowed = {
         place: reason
         for place, reason in read_allowed(args.allowed).items()
@@ -285,11 +303,12 @@ def main() -> None:
     found = list(
         inspect(
             chosen,
+            in_steps=chosen_steps,
             op_files=[args.launches] if args.launches else sorted(OP_FILES.rglob("*.py")),
             cuda_files=args.cuda_files,
             allowed=allowed,
             cache=args.cache,
-            tell=lambda *both: counts.extend(both),
+            tell=lambda *found: counts.extend(found),
         )
     )
     if args.only or args.target:  # kernels that were not chosen are no problem
@@ -302,6 +321,8 @@ def main() -> None:
     columns = [*_COLUMNS, "allowed", "problem"]
     cells = [[str(row.get(key, "")) for key in columns] for row in found]
     print(table([[key.replace("_", " ") for key in columns], *cells]))
+    for launch in chosen_steps if args.only else []:
+        print(f"\n{launch.name}: {described(launch)}")
 
 
 if __name__ == "__main__":

@@ -3,12 +3,14 @@
 The body of an operation runs on tensors without memory, with its Triton kernels replaced by a note and the
 questions it asks of a GPU answered for one card. So a second stage, a vendor's product inside, a copy for
 the sake of strides are counted where they take place, and there is no list of operations to keep up.
+recorded_launches.py keeps what each kernel is launched with.
 """
 
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 from unittest import mock
@@ -33,6 +35,21 @@ PROCESSORS = 128
 """The card's, an RTX 4090's (NVIDIA's Ada tuning guide): how sums are split, whose products are used."""
 BACKENDS = frozenset({"short", "flash", "efficient", "own_flash"})
 """Of attention, on such a card."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Card:
+    """What operations ask of a GPU."""
+
+    arch: str
+    processors: int
+    """As PyTorch counts them."""
+    backends: frozenset[str]
+    """Of attention: what `attention_dispatch.available` finds there."""
+
+
+def _card() -> Card:
+    return Card(arch=ARCH, processors=PROCESSORS, backends=BACKENDS)
 
 
 def launches_of(op: OpOverload, args: Any, kwargs: Any) -> Counter[str]:
@@ -70,10 +87,12 @@ def _allocated(
 ) -> int:
     with unset_fake_temporarily(), torch.no_grad():
         args, kwargs = _given(leaves, structure)
-        trace = MemoryTrace(rounding=rounding, device_type="meta")
+        inside = scratch_of(rounding, backend=backend)  # of ours that one of ours calls
+        trace = MemoryTrace(rounding=rounding, device_type="meta", scratch=inside)
         trace.label("inputs", tensors_in([args, kwargs]))
         given = trace.live
-        implemented = _noted() if backend == "triton" else dispatch.computed_as_on("cpu")
+        on_card = launching_on(_card(), lambda *_: None)
+        implemented = on_card if backend == "triton" else dispatch.computed_as_on("cpu")
         with implemented, trace:
             OPDEFS[name]._init_fn(*args, **kwargs)
         return trace.peak.bytes - given
@@ -81,10 +100,15 @@ def _allocated(
 
 @cache
 def _launches(name: str, leaves: tuple[Any, ...], structure: Any) -> Counter[str]:
+    found: Counter[str] = Counter()
+
+    def count(kernel: Any, args: Any, kwargs: Any) -> None:
+        found["custom"] += 1
+
     with unset_fake_temporarily(), torch.no_grad():
-        args, kwargs = _given(leaves, structure)
-        with _noted() as found:
-            OPDEFS[name]._init_fn(*args, **kwargs)
+        given, keywords = _given(leaves, structure)
+        with launching_on(_card(), count), _Operations(found):
+            OPDEFS[name]._init_fn(*given, **keywords)
     return found
 
 
@@ -112,23 +136,35 @@ class _Operations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+Launched = Callable[[Any, tuple[Any, ...], dict[str, Any]], None]
+"""Gets a kernel and what it is launched with."""
+
+
 @contextmanager
-def _noted() -> Iterator[Counter[str]]:
-    """Within, kernels of Triton are counted and not run, and operations of torch counted, too."""
+def launching_on(card: Card, launched: Launched) -> Iterator[None]:
+    """Within, operations take their tensors for ones on this card, and kernels of Triton are given to
+    `launched` and not run."""
     from triton.runtime.jit import KernelInterface  # absent on some machines
 
-    found: Counter[str] = Counter()
-
     def at(kernel: Any, grid: Any) -> Any:
-        def launch(*args: Any, **kwargs: Any) -> None:
-            found["custom"] += 1
+        return lambda *args, **kwargs: launched(kernel, args, kwargs)
 
-        return launch
+    def backend_of(q: Tensor, k: Tensor, mask: Tensor | None) -> attention_dispatch.Backend:
+        case = attention_dispatch.Case(
+            arch=card.arch,
+            dtype=q.dtype,
+            num_queries=q.shape[1],
+            num_keys=k.shape[1],
+            num_heads=q.shape[2],
+            width=q.shape[3],
+            is_masked=mask is not None,
+        )
+        return attention_dispatch.choose(case, card.backends)
 
     answers = {
-        dispatch.arch: lambda device: ARCH,
-        dispatch.num_processors: lambda device: PROCESSORS,
-        attention_dispatch.backend_of: _backend_of,
+        dispatch.arch: lambda device: card.arch,
+        dispatch.num_processors: lambda device: card.processors,
+        attention_dispatch.backend_of: backend_of,
     }
     with ExitStack() as stack:
         stack.enter_context(dispatch.forced("triton"))
@@ -137,18 +173,4 @@ def _noted() -> Iterator[Counter[str]]:
             for asked, answer in answers.items():
                 if vars(module).get(asked.__name__) is asked:
                     stack.enter_context(mock.patch.object(module, asked.__name__, answer))
-        stack.enter_context(_Operations(found))
-        yield found
-
-
-def _backend_of(q: Tensor, k: Tensor, mask: Tensor | None) -> attention_dispatch.Backend:
-    case = attention_dispatch.Case(
-        arch=ARCH,
-        dtype=q.dtype,
-        num_queries=q.shape[1],
-        num_keys=k.shape[1],
-        num_heads=q.shape[2],
-        width=q.shape[3],
-        is_masked=mask is not None,
-    )
-    return attention_dispatch.choose(case, BACKENDS)
+        yield

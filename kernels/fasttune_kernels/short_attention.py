@@ -225,7 +225,8 @@ def _short_attention_backward(
         offsets = own + wide[:, None] * token + columns[None, :]
         tl.store(dq_ptr + offsets, dq.to(dq_ptr.dtype.element_ty), mask=inside)
 
-    size = batch_size.to(tl.int64) * num_keys * token
+    # All heads of all samples by the grid: a batch of 1 is a constant, which has no int64.
+    size = tl.num_programs(1).to(tl.int64) * num_keys * WIDTH
     share = (chunk * batch_size + batch) * num_keys * token + head * WIDTH
     inside = (keys < num_keys)[:, None] & (columns < WIDTH)[None, :]
     offsets = share + keys[:, None] * token + columns[None, :]

@@ -251,7 +251,13 @@ def test_missing_compilers_are_problems_where_they_are_needed(
     monkeypatch.setitem(sys.modules, "cuda.core", None)  # import raises ImportError
     with pytest.raises(RuntimeError, match="pip install cuda-core, cuda-bindings, nvidia-cuda-n"):
         nvrtc_offline.nvrtc_version()
-    empty = {"launches": 0, "cuda_launches": 0, "cuda_files": 0, "problem": ""}
+    empty = {
+        "launches": 0,
+        "launches_in_steps": 0,
+        "cuda_launches": 0,
+        "cuda_files": 0,
+        "problem": "",
+    }
     assert inspect([], tmp_path) == Gate({"kernels": empty}, 0, 0)
     (tmp_path / "kernels.cu").write_text(CUDA_SOURCE)
     assert inspect([], tmp_path).problems() == {"kernels": "unlisted: no launch for kernels.cu"}
@@ -271,6 +277,7 @@ def test_the_tree_as_it_is_has_launches_for_all_its_kernels() -> None:
     assert done.returncode == 0, done.stderr
     row = json.loads(done.stdout)
     assert row["case"] == "kernels" and row["launches"] > 100
+    assert row["launches_in_steps"] > 150
     assert "unlisted" not in row["problem"]
 
 
