@@ -301,7 +301,7 @@ def _optimizers(probed: dict[str, Any], libraries: dict[str, Line]) -> Iterator[
         if found["by"] is not None:
             text += f", in {found['by']}"
         elif name == "adamw":
-            text += f"; not by {STEPS['FusedAdamW']}, nor with bf16 or 8-bit state: {own}"
+            text += f"; not by fasttune's own operation, which bf16 and 8-bit state need: {own}"
         yield Line(name=name, status="ok", text=text)
     if own is not None:
         yield _adamw8bit(own, libraries)

@@ -186,7 +186,7 @@ def test_libraries_step_in_where_our_own_step_does_not_run(monkeypatch: pytest.M
     assert lines["adamw8bit"].text == f"{own}bitsandbytes: not installed; by torchao"
     assert lines["adamw"].status == "ok"
     assert lines["adamw"].text.startswith("by torch's fused kernel")
-    assert lines["adamw"].text.endswith(f"nor with bf16 or 8-bit state: {NOT_BUILT['own']}")
+    assert lines["adamw"].text.endswith(f"which bf16 and 8-bit state need: {NOT_BUILT['own']}")
 
 
 @pytest.mark.parametrize(
