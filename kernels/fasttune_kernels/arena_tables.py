@@ -21,8 +21,9 @@ from fasttune_kernels.dispatch import arch, num_processors
 
 Kind = tuple[torch.dtype, ...]
 
-_captured: list[Tensor] = []
-"""Pinned addresses that graphs copy from, for as long as the process lives: some KiB a capture."""
+_captured: list[tuple[Tensor, ...]] = []
+"""What graphs read and nothing else may keep: pinned addresses that they copy from, tables that a later
+call replaces or the cache drops. For as long as the process lives: some KiB a capture."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +93,9 @@ def tables_of(lists: Sequence[Sequence[Tensor]], groups: Sequence[int], tiles: i
     addresses = [t.data_ptr() for tensors in lists for t in tensors]
     if addresses != tables.addresses:
         _point_to(tables, addresses)
+    if _is_capturing(tables.layout.device):
+        # Also where the addresses are those of the eager step before: the next one replaces its buffer.
+        _captured.append((tables.layout, tables.chunks, tables.pointers))
     return tables
 
 
@@ -124,19 +128,23 @@ def _tables(
     return Tables(layout.to(device), torch.cat(chunks).to(device), tuple(ranges), len(kinds[0]))
 
 
+def _is_capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 def _point_to(tables: Tables, addresses: list[int]) -> None:
     device = tables.layout.device
     host = torch.tensor(addresses, dtype=torch.int64).view(tables.num_lists, -1)
     tables.aligned = not any(address % 16 for address in addresses)
     if device.type != "cuda":
         tables.addresses, tables.pointers = addresses, host.to(device)
-    elif torch.cuda.is_current_stream_capturing():
+    elif _is_capturing(device):
         if tables.spare is None:
             raise RuntimeError(
                 "a step over tensors of these sizes and dtypes has to run once before each capture"
             )
         pinned, tables.spare = tables.spare.copy_(host), None
-        _captured.append(pinned)
+        _captured.append((pinned,))
         # In the graph's own memory, filled by each replay: no call outside of it finds it.
         tables.addresses, tables.pointers = [], pinned.to(device, non_blocking=True)
     else:

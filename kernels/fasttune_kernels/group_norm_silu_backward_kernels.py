@@ -12,10 +12,11 @@ channel, without another look at dx.
 from fasttune_kernels.group_norm_silu_kernels import (
     _by_channel,
     _by_group,
+    _load,
     _load_parts,
     _members,
     _range_of,
-    _source,
+    _store,
     _store_parts,
 )
 from fasttune_kernels.jit import jit, tl
@@ -76,7 +77,6 @@ def _sums(
     begin = tl.program_id(1) * chunk_pixels
     count = tl.minimum(chunk_pixels, pixels - begin)
     begin += sample * pixels
-    source, stride = _source(x_ptr, skip_ptr, begin, first, channels, skip_channels)
     dy_ptr += begin * joint
     pixel = tl.arange(0, BLOCK_PIXELS)
     dz_sum = tl.zeros((BLOCK_PIXELS, BLOCK_CHANNELS), tl.float32)
@@ -84,7 +84,7 @@ def _sums(
     off_sum = tl.zeros((BLOCK_PIXELS, BLOCK_CHANNELS), tl.float32)
     for start in range(0, count, BLOCK_PIXELS):
         row, mask = start + pixel, (start + pixel < count)[:, None] & inside[None, :]
-        x = tl.load(source + row[:, None] * stride + channel[None, :], mask, 0.0)
+        x = _load(x_ptr, skip_ptr, begin, row, first, channel, channels, skip_channels, mask)
         dz = tl.load(dy_ptr + row[:, None] * joint + channel[None, :], mask, 0.0)
         off, dz = x.to(tl.float32) - shift[None, :], dz.to(tl.float32)
         if SILU:
@@ -184,15 +184,13 @@ def _differentiate(
     begin = tl.program_id(1) * chunk_pixels
     count = tl.minimum(chunk_pixels, pixels - begin)
     begin += sample * pixels
-    source, stride = _source(x_ptr, skip_ptr, begin, first, channels, skip_channels)
-    target, stride = _source(dx_ptr, dskip_ptr, begin, first, channels, skip_channels)
     dy_ptr += begin * joint
     if residual_ptr is not None:
         residual_ptr += begin * joint
     pixel = tl.arange(0, BLOCK_PIXELS)
     for start in range(0, count, BLOCK_PIXELS):
         row, mask = start + pixel, (start + pixel < count)[:, None] & inside[None, :]
-        x = tl.load(source + row[:, None] * stride + channel[None, :], mask, 0.0)
+        x = _load(x_ptr, skip_ptr, begin, row, first, channel, channels, skip_channels, mask)
         dz = tl.load(dy_ptr + row[:, None] * joint + channel[None, :], mask, 0.0)
         off, dz = x.to(tl.float32) - shift[None, :], dz.to(tl.float32)
         if SILU:
@@ -201,7 +199,7 @@ def _differentiate(
         if residual_ptr is not None:
             residual_at = residual_ptr + row[:, None] * joint + channel[None, :]
             dx += tl.load(residual_at, mask, 0.0).to(tl.float32)
-        tl.store(target + row[:, None] * stride + channel[None, :], dx, mask)
+        _store(dx_ptr, dskip_ptr, begin, row, first, channel, channels, skip_channels, dx, mask)
 
 
 @jit

@@ -40,14 +40,29 @@ def _range_of(block, channels, skip_channels, BLOCK_CHANNELS: tl.constexpr):
 
 
 @jit
-def _source(x_ptr, skip_ptr, pixel, first, channels, skip_channels):
-    """The tensor that joint channel `first` is in: its row of a pixel of the batch, where joint channels
-    are offsets, and its number of channels."""
-    row_ptr, width = x_ptr + pixel * channels, channels
-    if skip_ptr is not None:
-        if first >= channels:
-            row_ptr, width = skip_ptr + pixel * skip_channels - channels, skip_channels
-    return row_ptr, width
+def _load(ptr, skip_ptr, pixel, row, first, channel, channels, skip_channels, mask):
+    """Joint channels of the rows of `pixel`, from the tensor that they are in. To choose a pointer
+    first would fail on AMD in triton 3.6."""
+    if skip_ptr is None:
+        x = tl.load(ptr + pixel * channels + row[:, None] * channels + channel[None, :], mask, 0.0)
+    elif first < channels:
+        x = tl.load(ptr + pixel * channels + row[:, None] * channels + channel[None, :], mask, 0.0)
+    else:
+        skip_ptr += pixel * skip_channels - channels
+        x = tl.load(skip_ptr + row[:, None] * skip_channels + channel[None, :], mask, 0.0)
+    return x
+
+
+@jit
+def _store(ptr, skip_ptr, pixel, row, first, channel, channels, skip_channels, x, mask):
+    """As `_load`."""
+    if skip_ptr is None:
+        tl.store(ptr + pixel * channels + row[:, None] * channels + channel[None, :], x, mask)
+    elif first < channels:
+        tl.store(ptr + pixel * channels + row[:, None] * channels + channel[None, :], x, mask)
+    else:
+        skip_ptr += pixel * skip_channels - channels
+        tl.store(skip_ptr + row[:, None] * skip_channels + channel[None, :], x, mask)
 
 
 @jit
@@ -133,12 +148,12 @@ def _statistics(
     begin = tl.program_id(1) * chunk_pixels
     count = tl.minimum(chunk_pixels, pixels - begin)
     begin += sample * pixels
-    source, stride = _source(x_ptr, skip_ptr, begin, first, channels, skip_channels)
     mean = tl.zeros((BLOCK_PIXELS, BLOCK_CHANNELS), tl.float32)
     m2 = tl.zeros((BLOCK_PIXELS, BLOCK_CHANNELS), tl.float32)
     for start in range(0, count, BLOCK_PIXELS):
         mask = (start + pixel < count)[:, None] & (channel < end)[None, :]
-        x = tl.load(source + (start + pixel)[:, None] * stride + channel[None, :], mask, 0.0)
+        row = start + pixel
+        x = _load(x_ptr, skip_ptr, begin, row, first, channel, channels, skip_channels, mask)
         x = x.to(tl.float32)
         delta = tl.where(mask, x - mean, 0.0)
         mean += delta * (1.0 / (start // BLOCK_PIXELS + 1))
@@ -238,13 +253,13 @@ def _normalise(
     begin = tl.program_id(1) * chunk_pixels
     count = tl.minimum(chunk_pixels, pixels - begin)
     begin += sample * pixels
-    source, stride = _source(x_ptr, skip_ptr, begin, first, channels, skip_channels)
     joint = channels + skip_channels
     y_ptr += begin * joint
     pixel = tl.arange(0, BLOCK_PIXELS)
     for start in range(0, count, BLOCK_PIXELS):
         mask = (start + pixel < count)[:, None] & inside[None, :]
-        x = tl.load(source + (start + pixel)[:, None] * stride + channel[None, :], mask, 0.0)
+        row = start + pixel
+        x = _load(x_ptr, skip_ptr, begin, row, first, channel, channels, skip_channels, mask)
         y = (x.to(tl.float32) - shift[None, :]) * scale[None, :] + bias[None, :]
         if SILU:
             y *= tl.sigmoid(y)

@@ -48,10 +48,11 @@ class LinearConfig:
 
     @classmethod
     def from_heuristic(cls, rows: int, columns: int, arch: str) -> "LinearConfig":
-        """Of a whole product. NVIDIA: 128 x 128 of float32 in 4 warps are 128 registers a thread, and
-        64 x 64 a warp halve the reads of shared memory against 32 x 64; 4 stages of 16 KiB fit the
-        99 KiB of RTX GPUs. 64 x 64 where 128 x 128 has too few tiles for the multiprocessors, of
-        which the smallest of these GPUs have some 30 and the largest 170. RDNA: 64 x 64."""
+        """Of a whole product. NVIDIA: 128 x 128 of float32 in 8 warps are 64 registers a thread and 32 x
+        64 a warp. In 4 warps they are 128 registers; 64 x 64 a warp read a third less of shared memory.
+        4 stages of 16 KiB fit the 99 KiB of RTX GPUs. 64 x 64 where 128 x 128 has too few tiles for the
+        multiprocessors, of which the smallest of these GPUs have some 30 and the largest 170. RDNA:
+        64 x 64."""
         if arch.startswith("gfx"):
             return cls(block_m=64, block_n=64, block_k=32, num_warps=4, num_stages=2)
         tiles = -(-rows // 128) * -(-columns // 128)

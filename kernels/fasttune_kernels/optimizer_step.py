@@ -3,7 +3,8 @@
 A step as PyTorch makes it reads the gradients for their norm, reads and writes them for the clip, then
 reads and writes weights and moments, then reads the weights again for the average: 38 bytes a weight for
 bf16 weights with float32 state. One pass reads and writes everything once: 28, and 18 with 8-bit moments
-and a bf16 average, beside the 2 that the norm needs. Whatever the number of tensors, that are two launches.
+and a bf16 average, beside the 2 that the norm needs. Whatever the number of tensors, the step is one launch
+for each pair of dtypes of weights and gradients, and the norm one for each dtype of gradients and one more.
 
 Sources: AdamW, https://arxiv.org/abs/1711.05101; 8-bit state, https://arxiv.org/abs/2110.02861; stochastic
 rounding and compensation of bf16 weights, https://arxiv.org/abs/2010.06192.

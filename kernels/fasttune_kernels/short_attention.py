@@ -225,8 +225,7 @@ def _short_attention_backward(
         offsets = own + wide[:, None] * token + columns[None, :]
         tl.store(dq_ptr + offsets, dq.to(dq_ptr.dtype.element_ty), mask=inside)
 
-    # All heads of all samples by the grid: a batch of 1 is a constant, which has no int64.
-    size = tl.num_programs(1).to(tl.int64) * num_keys * WIDTH
+    size = (batch * 0 + batch_size) * num_keys * token  # int64, also where the size is a constant 1
     share = (chunk * batch_size + batch) * num_keys * token + head * WIDTH
     inside = (keys < num_keys)[:, None] & (columns < WIDTH)[None, :]
     offsets = share + keys[:, None] * token + columns[None, :]
@@ -239,7 +238,7 @@ def _short_attention_sum(partial_ptr, dk_ptr, dv_ptr, size, num_chunks, BLOCK: t
     """Sums (2, C, size) over C, in order."""
     offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = offsets < size
-    partial_ptr += tl.program_id(1) * num_chunks * size.to(tl.int64)
+    partial_ptr += tl.program_id(1).to(tl.int64) * num_chunks * size
     total = tl.zeros((BLOCK,), tl.float32)
     for _ in range(num_chunks):
         total += tl.load(partial_ptr + offsets, mask=inside, other=0.0)
@@ -348,7 +347,10 @@ _ALIGNED_STRIDES = tuple(name for name in _STRIDES if not name.endswith("_h"))
 _SIZES = {"num_queries": "i32", "num_keys": "i32", "num_heads": "i32"}
 
 
-def _launch(*, width: int, is_backward: bool, targets: tuple[str, ...]) -> Launch:
+def _launch(
+    *, width: int, is_backward: bool, targets: tuple[str, ...], one_sample: bool = False
+) -> Launch:
+    """`one_sample`: the size of a batch of one is a constant."""
     config = ShortConfig.from_heuristic(
         keys=77, width=width, arch=targets[0], is_backward=is_backward
     )
@@ -356,11 +358,14 @@ def _launch(*, width: int, is_backward: bool, targets: tuple[str, ...]) -> Launc
     if is_backward:
         pointers = ("dout_ptr", *pointers, "dq_ptr", "partial_ptr")
     types = {p: "*fp32" if p in ("lse_ptr", "partial_ptr") else "*bf16" for p in pointers}
-    sizes = {**_SIZES, "batch_size": "i32"} if is_backward else _SIZES
+    sizes = {**_SIZES, "batch_size": "i32"} if is_backward and not one_sample else _SIZES
     keywords = config.keywords(width)
     blocks = {name: keywords.pop(name) for name in list(keywords) if name.isupper()}
+    if one_sample:
+        blocks["batch_size"] = 1
+    direction = f"backward{' B=1' if one_sample else ''}" if is_backward else "forward"
     return Launch(
-        name=f"short_attention_{'backward' if is_backward else 'forward'} S=77 E={width} bf16",
+        name=f"short_attention_{direction} S=77 E={width} bf16",
         kernel=lambda: _short_attention_backward if is_backward else _short_attention_forward,
         signature={**types, **sizes, "scale": "fp32", **_STRIDES, "queries_per_program": "i32"},
         constants=blocks,
@@ -376,6 +381,11 @@ LAUNCHES = (
         _launch(width=width, is_backward=is_backward, targets=tuple(targets))
         for width in (40, 64)
         for is_backward in (False, True)
+        for targets in (WARP, WARPGROUP, CDNA)
+    ),
+    *(
+        _launch(width=width, is_backward=True, targets=tuple(targets), one_sample=True)
+        for width in (40, 64)
         for targets in (WARP, WARPGROUP, CDNA)
     ),
     Launch(
