@@ -135,7 +135,7 @@ def run(launch: CudaLaunch, grid: int, device: torch.device, *arguments: Any) ->
     from cuda.core import launch as start
 
     with torch.cuda.device(device):
-        kernel = _kernel(launch, device.index or 0)
+        kernel = load(launch, device.index or 0)
         stream = Stream.from_handle(torch.cuda.current_stream(device).cuda_stream)
         config = LaunchConfig(grid=grid, block=launch.threads, shmem_size=launch.dynamic_shared)
         start(stream, config, kernel, *map(_argument, arguments))
@@ -147,7 +147,9 @@ def _argument(value: Any) -> Any:
     return value.data_ptr() if isinstance(value, torch.Tensor) else value
 
 
-def _kernel(launch: CudaLaunch, index: int) -> Any:
+def load(launch: CudaLaunch, index: int) -> Any:
+    """The kernel on this GPU, compiled if it was not. CudaSourceError where it cannot be, OSError where
+    the source is not there."""
     return _loaded(json.dumps(asdict(launch), sort_keys=True), launch.source, index)
 
 

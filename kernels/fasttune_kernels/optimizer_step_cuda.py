@@ -2,6 +2,7 @@
 8-bit state. What it lacks (fp16, Kahan, bf16 state) the Triton kernel has."""
 
 import ctypes
+import warnings
 from collections.abc import Sequence
 from functools import cache
 
@@ -71,8 +72,25 @@ def takes(
 
 
 def is_default(device: torch.device) -> bool:
-    """Whether this is the faster one there."""
-    return device.type == "cuda" and arch(device) in DEFAULT_ON
+    """Whether this is the faster one there, and can be had: else Triton's is taken."""
+    return device.type == "cuda" and arch(device) in DEFAULT_ON and _can_run(device.index or 0)
+
+
+@cache
+def _can_run(index: int) -> bool:
+    """By compiling and loading one specialisation. A RuntimeWarning says why not, once a GPU."""
+    try:
+        cuda_source.load(LAUNCHES[0], index)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # NVRTC, cuda-core or the source is absent, or a driver refuses
+        warnings.warn(
+            f"the optimizer step in CUDA C++ cannot be used on GPU {index}, Triton's runs: {error}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return False
+    return True
 
 
 @cache

@@ -71,6 +71,23 @@ def test_what_it_takes_and_where() -> None:
     assert len({launch.entry for launch in LAUNCHES}) == len(LAUNCHES)
 
 
+def test_triton_runs_where_it_cannot_be_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(launch: CudaLaunch, index: int) -> None:
+        raise cuda_source.CudaSourceError("NVRTC cannot be used")
+
+    monkeypatch.setattr(optimizer_step_cuda, "DEFAULT_ON", frozenset({"sm_90"}))
+    monkeypatch.setattr(optimizer_step_cuda, "arch", lambda device: "sm_90")
+    monkeypatch.setattr(cuda_source, "load", absent)
+    # A GPU of which no other test has the answer.
+    first, second = torch.device("cuda", 98), torch.device("cuda", 99)
+    with pytest.warns(RuntimeWarning, match="Triton's runs: NVRTC cannot be used") as said:
+        assert not any(optimizer_step_cuda.is_default(first) for _ in range(2))
+    assert len(said) == 1
+    monkeypatch.setattr(cuda_source, "load", lambda launch, index: None)
+    assert optimizer_step_cuda.is_default(second)
+    assert not optimizer_step_cuda.is_default(first)
+
+
 Run = Callable[..., None]
 
 
