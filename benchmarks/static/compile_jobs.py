@@ -4,7 +4,7 @@ import json
 import multiprocessing
 import os
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
@@ -45,28 +45,29 @@ def results_of(
         if kept is not None:
             results[job.case] = kept
     todo = [job for job in jobs if job.case not in results]
-    for job, result in zip(todo, _compile_all(todo, workers), strict=True):
+    for job, result in _compile_all(todo, workers):  # each is kept at once: it may be stopped
         results[job.case] = result
         if isinstance(result, Resources):
             _write(cache / f"{job.identity}.json", job.case, result)
     return results, len(todo)
 
 
-def _compile_all(jobs: Sequence[Job], workers: int) -> list[Resources | str]:
+def _compile_all(jobs: Sequence[Job], workers: int) -> Iterator[tuple[Job, Resources | str]]:
     """In processes of their own, as an assertion in a compiler ends its process."""
     if not jobs:
-        return []
-    results: list[Resources | str | None] = []
+        return
+    broken: list[Job] = []
     with _pool(jobs, min(workers, len(jobs))) as pool:
-        for future in [pool.submit(_compile, index) for index in range(len(jobs))]:
+        futures = [pool.submit(_compile, index) for index in range(len(jobs))]
+        for job, future in zip(jobs, futures, strict=True):
             try:
-                results.append(future.result())
+                result = future.result()
             except BrokenProcessPool:  # takes all that were waiting along
-                results.append(None)
-    return [
-        _compile_alone(job) if result is None else result
-        for job, result in zip(jobs, results, strict=True)
-    ]
+                broken.append(job)
+            else:
+                yield job, result
+    for job in broken:
+        yield job, _compile_alone(job)
 
 
 def _compile_alone(job: Job) -> Resources | str:
