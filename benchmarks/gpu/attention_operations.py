@@ -203,6 +203,7 @@ _attention = partial(
 ATTENTION_OPERATIONS: tuple[Operation, ...] = (
     _attention(
         name="attention",
+        may_be_vendors=True,
         eager=_sdpa,
         ours=bound(attention),
         variants={f"{OURS} flash": _own_flash},
@@ -221,6 +222,7 @@ ATTENTION_OPERATIONS: tuple[Operation, ...] = (
     ),
     _attention(
         name="cross attention",
+        may_be_vendors=True,
         eager=_sdpa,
         ours=bound(attention),
         libraries=libraries.ATTENTION,
@@ -232,6 +234,7 @@ ATTENTION_OPERATIONS: tuple[Operation, ...] = (
     ),
     Operation(
         name="qk norm rope attention",
+        may_be_vendors=True,
         make=_norm_rope_inputs,
         plain=_norm_rope_attention,
         ours=bound(_our_norm_rope_attention),
@@ -270,6 +273,7 @@ ATTENTION_OPERATIONS: tuple[Operation, ...] = (
     ),
     _attention(
         name="masked attention",
+        may_be_vendors=True,
         make=_masked_inputs,
         ours=bound(attention),
         variants={f"{OURS} flash": _own_flash},

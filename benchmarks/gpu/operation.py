@@ -103,6 +103,8 @@ class Operation:
     """Inputs that are so whoever made them: checked in no other layout."""
     has_kernel: bool = True
     """Whether `ours` launches a kernel of ours on NVIDIA and AMD. Without one it is not timed."""
+    may_be_vendors: bool = False
+    """Whether `ours` may be a vendor's kernel that adds with atomics, so that a second run may differ."""
     needs_triton: bool = False
     """Whether it cannot be run without one."""
     variants: Mapping[str, Bind] = field(default_factory=dict)

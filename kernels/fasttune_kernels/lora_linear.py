@@ -9,6 +9,11 @@ With dlow = dy B, which has R columns, the backward is
 and kept are the input, which dA needs, and low = dropout(x) A^T. The mask of the dropout is a function of
 seed, token and channel: it is computed again where it is needed, the same on every implementation.
 
+What Triton's kernels read: low is a launch of its own, which reads x once more than the product does.
+dy is read for dB and dlow together, again for dx, and above rank 32 once more, as dlow is then a product
+of its own. On sm_90, sm_100, gfx942 and gfx950 the vendor makes the product and a second kernel adds the
+rank-r product, which reads and writes y, and in the backward dx, once more.
+
 M tokens (all leading dimensions), K = K1 + K2 input channels, O output channels, P of them adapted, r
 rank, R = r times the number of targets.
 

@@ -3,7 +3,8 @@
 `linear_kernel` is a matrix product that begins with the rank-r product: r more steps of the inner
 dimension, 0.5 % of the work at r = 16 and 3072 channels, in place of another pass over the output. It
 is the forward, the input's gradient, the product with A alone, and the update of a product that the
-vendor's library made. `gradient_kernel` is both adapters' gradients, and dlow while it has dy at hand.
+vendor's library made, which is that other pass. `gradient_kernel` is both adapters' gradients, and up to
+rank 32 dlow while it has dy at hand; the product for dx reads dy again.
 """
 
 from fasttune_kernels.jit import jit, tl

@@ -29,6 +29,7 @@ from fasttune_kernels.qk_norm_rope_kernels import (
     forward_kernel,
     sum_kernel,
 )
+from fasttune_kernels.qk_norm_rope_torch import norm_rotate, norm_rotate_backward
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor, Tensor]
@@ -91,8 +92,8 @@ def qk_norm_rope_forward(
         return outputs
     for x, (q_weight, k_weight), tokens in _sources(inputs):
         rotation = torch.complex(cos[tokens], sin[tokens])[:, None]
-        _norm_rotate(x[:, :, 0], q_weight, rotation, eps, q[:, tokens])
-        _norm_rotate(x[:, :, 1], k_weight, rotation, eps, k[:, tokens])
+        norm_rotate(x[:, :, 0], q_weight, rotation, eps, q[:, tokens])
+        norm_rotate(x[:, :, 1], k_weight, rotation, eps, k[:, tokens])
         if text_qkv is not None:
             v[:, tokens].copy_(x[:, :, 2])
     return outputs
@@ -128,7 +129,7 @@ def qk_norm_rope_backward(
         dx, sums = (dtext_qkv, dweights[2:]) if x is text_qkv else (dqkv, dweights[:2])
         turn_back = torch.complex(cos[tokens], -sin[tokens])[:, None]
         for slot, (dy, weight) in enumerate(((dq, q_weight), (dk, k_weight))):
-            _norm_rotate_backward(
+            norm_rotate_backward(
                 dy[:, tokens], x[:, :, slot], weight, turn_back, eps, dx[:, :, slot], sums[slot]
             )
         dx[:, :, 2].copy_(dx.new_zeros(()) if dv is None else dv[:, tokens])
@@ -221,39 +222,6 @@ def _sources(inputs: Inputs) -> list[tuple[Tensor, tuple[Tensor, Tensor], slice]
     return [text, (qkv, (q_weight, k_weight), slice(num_text, None))]
 
 
-def _rstd(x: Tensor, eps: float) -> Tensor:
-    """(..., 1), in float32 at least; the norm squares bfloat16 without a float32 copy of it."""
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=dtype)
-    return (norm.square_() / x.shape[-1]).add_(eps).rsqrt_()
-
-
-def _turn_(x: Tensor, rotation: Tensor) -> Tensor:
-    """Neighbouring pairs are complex numbers, whose product is the rotation: one pass, in place."""
-    torch.view_as_complex(x.unflatten(-1, (-1, 2))).mul_(rotation)
-    return x
-
-
-def _norm_rotate(x: Tensor, weight: Tensor, rotation: Tensor, eps: float, out: Tensor) -> None:
-    y = torch.empty(x.shape, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
-    torch.mul(x, _rstd(x, eps), out=y).mul_(weight)
-    out.copy_(_turn_(y, rotation))
-
-
-def _norm_rotate_backward(
-    dy: Tensor, x: Tensor, weight: Tensor, rotation: Tensor, eps: float, dx: Tensor, dweight: Tensor
-) -> None:
-    """Writes dx, and dweight unless it is empty."""
-    rstd = _rstd(x, eps)
-    dz = torch.empty(dy.shape, dtype=rstd.dtype, device=dy.device).copy_(dy)
-    _turn_(dz, rotation)
-    product = torch.mul(dz, x).mul_(rstd)
-    if dweight.numel():
-        torch.sum(product, (0, 1, 2), out=dweight)
-    mean = product.mul_(weight).mean(-1, keepdim=True)
-    dx.copy_(dz.mul_(weight).addcmul_(x, mean.mul_(rstd), value=-1).mul_(rstd))
-
-
 def _empty_outputs(qkv: Tensor, text_qkv: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     batch, num_tokens, _, *head = qkv.shape
     if text_qkv is not None:
@@ -306,16 +274,22 @@ def _save(ctx: FunctionCtx, inputs: tuple[Any, ...], output: tuple[Tensor, ...])
 def _differentiate(
     ctx: FunctionCtx, dq: Tensor | None, dk: Tensor | None, dv: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    tensors = ctx.saved_tensors  # type: ignore[attr-defined]
-    wants = ctx.needs_input_grad  # type: ignore[attr-defined]
-    qkv, text_qkv, cos = tensors[0], tensors[3], tensors[6]
+    """Of the op, whose v is empty without text."""
+    has_text = ctx.saved_tensors[3] is not None  # type: ignore[attr-defined]
+    return _gradients(ctx, dq, dk, dv if has_text else None)
+
+
+def _gradients(
+    ctx: Any, dq: Tensor | None, dk: Tensor | None, dv: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """Of all arguments of the op; an output without a gradient has None."""
+    tensors, wants = ctx.saved_tensors, ctx.needs_input_grad
+    qkv, cos = tensors[0], tensors[6]
     if dq is None or dk is None:  # zeros that all tokens and heads share
         zeros = qkv.new_zeros(qkv.shape[-1]).expand(len(qkv), len(cos), *qkv.shape[3:])
         dq, dk = zeros if dq is None else dq, zeros if dk is None else dk
-    dv = None if text_qkv is None else dv
     wants_weights = any(wants[i] for i in (1, 2, 4, 5))
-    eps = ctx.eps  # type: ignore[attr-defined]
-    dqkv, dtext_qkv, *dweights = qk_norm_rope_backward(dq, dk, dv, *tensors, eps, wants_weights)
+    dqkv, dtext_qkv, *dweights = qk_norm_rope_backward(dq, dk, dv, *tensors, ctx.eps, wants_weights)
     gradients = (dqkv, *dweights[:2], dtext_qkv, *dweights[2:])
     return (
         *(
@@ -324,6 +298,25 @@ def _differentiate(
         ),
         *(None, None, None),
     )
+
+
+class _OneBuffer(torch.autograd.Function):
+    """The op without text, with v as a view of qkv. Were the view made outside, autograd would put dv
+    into zeros of qkv's size and add those to the op's gradient, which moves 14 times the bytes of q
+    more. Here the backward writes dqkv once."""
+
+    @staticmethod
+    def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, _ = qk_norm_rope_forward(*arguments)
+        return q, k, arguments[0][:, :, 2]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        _save(ctx, inputs, output)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        return _gradients(ctx, *gradients)
 
 
 qk_norm_rope_forward.register_autograd(_differentiate, setup_context=_save)
@@ -356,8 +349,12 @@ def qk_norm_rope(
     elif any(x is not None for x in text):
         raise ValueError("qk_norm_rope: text_qkv, text_q_weight, text_k_weight: give all or none")
     _check(qkv, text_qkv, weights, {"cos": cos, "sin": sin})
-    q, k, v = qk_norm_rope_forward(qkv, q_weight, k_weight, *text, cos, sin, eps)
-    return q, k, qkv[:, :, 2] if text_qkv is None else v
+    arguments = qkv, q_weight, k_weight, *text, cos, sin, eps
+    if text_qkv is None:
+        found: tuple[Tensor, Tensor, Tensor] = _OneBuffer.apply(*arguments)
+        return found
+    q, k, v = qk_norm_rope_forward(*arguments)
+    return q, k, v
 
 
 def _check(

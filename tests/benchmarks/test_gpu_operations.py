@@ -1,5 +1,6 @@
 """Operations: what is compared with what, and that wrong kernels fail."""
 
+import itertools
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -122,6 +123,26 @@ def test_wrong_kernels_fail(change: Callable[..., Any]) -> None:
     operation = _wrong("norm modulate", change)
     errors = correctness.errors_of(operation, (3, 65, 3072), torch.bfloat16, device=CPU)
     assert max(error.worst for error in errors) > 1
+
+
+def test_what_does_not_repeat_bit_by_bit_fails() -> None:
+    """An addition in another order, as atomics make it, is within the error and still a failure."""
+    last_bit = 2**-24
+    signs = itertools.cycle([1.0, 1.0 + 2 * last_bit])
+
+    def in_any_order(plain: Any, inputs: dict[str, Tensor]) -> Tensor:
+        return plain(**inputs) * next(signs)
+
+    def run(**changes: Any) -> list[correctness.Error]:
+        operation = replace(_wrong("gelu tanh", in_any_order), **changes)
+        return correctness.errors_of(operation, operation.odd[0], torch.float32, device=CPU)
+
+    found = [error for error in run() if error.worst > 1]
+    assert {error.of for error in found} == {
+        "output 0, run twice",
+        "gradient of x, run twice",
+    }
+    assert max(error.worst for error in run(may_be_vendors=True)) <= 1
 
 
 @pytest.mark.parametrize(

@@ -104,7 +104,7 @@ def flash_attention(batch: int) -> None:
     q, k, v, dout = (torch.randn(batch, n, 3, 64).to(BF16) for n in (70, 7, 7, 70))
     for mask in (None, torch.ones(batch, 7, dtype=torch.bool)):
         out, lse = flash_attention_forward(q, k, v, mask)
-        flash_attention_backward(dout, q, k, v, mask, out, lse)
+        flash_attention_backward(dout, q, k, v, out, lse, mask)
 
 
 def group_norm(batch: int, *, skip: int) -> None:

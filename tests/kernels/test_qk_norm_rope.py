@@ -260,6 +260,17 @@ def test_values_are_where_the_projection_left_them() -> None:
     assert v.data_ptr() == arguments["qkv"][:, :, 2].data_ptr()
 
 
+def test_the_gradient_is_written_once() -> None:
+    """By the op: autograd has no gradient of the view v that it would add."""
+    arguments = made(SHAPES["one buffer"], torch.float32)
+    arguments["qkv"].requires_grad_()
+    outputs = qk_norm_rope(**arguments)
+    nodes = {x.grad_fn for x in outputs}
+    assert len(nodes) == 1
+    (last,) = nodes
+    assert last is not None and type(last.next_functions[0][0]).__name__ == "AccumulateGrad"
+
+
 @pytest.mark.parametrize("text", [2, None])
 def test_saves_its_inputs_alone(text: int | None) -> None:
     arguments = made(Shape(1, 2, text, 2, 4), torch.float32)
