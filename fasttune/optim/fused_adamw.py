@@ -4,7 +4,9 @@ Clip, optimizer and average one after another read the gradients three times and
 times. Here `gradient_norm` reads the gradients once, and `optimizer_step_` reads and writes the rest
 once: 28 bytes a weight instead of 38 for bf16 weights with float32 state and an average. The factor
 of the gradients, whether the update counts, the number of updates, the bias corrections and the seed
-of the rounding stay on the device, so that nothing waits for it.
+of the rounding stay on the device, so that nothing waits for it. That is 10 operations on a few numbers
+beside the step, one more with a loss scale, and two for each parameter group, whose learning rate and
+weight decay are written in every update.
 
 State is in arenas, flat tensors in which every weight has its range: they pad each to 1024 elements.
 What `Optimizer.state` holds are views into them, under the names that torch's AdamW has.

@@ -3,10 +3,12 @@
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.static.models import config_named
 from fasttune.device import place
@@ -326,3 +328,28 @@ def test_a_run_is_what_it_is_with_torchs_adamw(monkeypatch: pytest.MonkeyPatch) 
         far = torch.cat([(a - b).flatten() for a, b in zip(mine, others, strict=True)])
         size = torch.cat([b.flatten() for b in others])
         assert far.norm() < 1e-4 * size.norm()
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_operations_beside_the_step(groups: int, scaled: bool) -> None:
+    """Each is a launch on a GPU: what the module says that they are."""
+    counted: list[str] = []
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            if func.namespace == "aten" and not func.is_view:
+                counted.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    params = [torch.nn.Parameter(torch.ones(5)) for _ in range(groups)]
+    optimizer = FusedAdamW([{"params": [p]} for p in params])
+    for p in params:
+        p.grad = torch.ones_like(p)
+    factor, found_inf = torch.ones(()), torch.zeros(()) if scaled else None
+    optimizer.update(factor=factor, found_inf=found_inf)
+    with Count():
+        optimizer.update(factor=factor, found_inf=found_inf)
+    assert len(counted) == 10 + scaled + 2 * groups, counted
