@@ -17,9 +17,6 @@ def _probe_kernel(x_ptr):
     tl.store(x_ptr, 1.0)
 
 
-_OPTIONS = {"num_warps": 1, "num_stages": 1, "enable_fp_fusion": True}
-
-
 def why_no_triton(device: torch.device) -> str | None:
     """Why its kernels cannot be launched on a GPU; None if they can, or if the device is none."""
     if not HAS_TRITON:
@@ -32,7 +29,7 @@ def _problem(index: int) -> str | None:
     """Half a second, if the kernel is not in Triton's cache."""
     try:
         with torch.cuda.device(index):
-            _probe_kernel[(1,)](torch.empty(1, device=torch.device("cuda", index)), **_OPTIONS)
+            _probe_kernel[(1,)](torch.empty(1, device=torch.device("cuda", index)), **LAUNCHES[0].keywords())
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # whatever a compiler or a driver can raise
@@ -47,6 +44,8 @@ LAUNCHES = (
         kernel=lambda: _probe_kernel,
         signature={"x_ptr": "*fp32"},
         aligned=("x_ptr",),
-        **_OPTIONS,
+        num_warps=1,
+        num_stages=1,
+        enable_fp_fusion=True,
     ),
 )

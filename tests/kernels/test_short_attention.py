@@ -77,8 +77,10 @@ def test_very_negative_scores_leave_no_nan() -> None:
     q[..., 0], k[..., 0] = 1.0, -480.0  # every score about -120
     results = run(q, k, v, dout)
     assert results[1].max() < -88.7
-    for ours, exact in zip(results, truth(q, k, v, dout), strict=True):
-        assert (ours.double() - exact).abs().max() <= 2**-14 * exact.abs().max().clamp(min=1)
+    for index, (ours, exact) in enumerate(zip(results, truth(q, k, v, dout), strict=True)):
+        # dq sums terms of 480 times a weight's rounding, whose exact sum is 0
+        size = 480.0 if index == 2 else exact.abs().max().clamp(min=1)
+        assert (ours.double() - exact).abs().max() <= 2**-14 * size, index
 
 
 def test_the_same_bits_on_every_run() -> None:
