@@ -21,8 +21,8 @@ ResNet blocks it says nothing). The same seed with saved tensors and with int8, 
 what a difference means. On the CPU the quickstart computes, and saves, in float32.
 
 **losses_bf16**: the same with precision.compute = "bf16", where int8 stands against bf16 saves, and a run
-in float32 for what bf16 costs. At 48 px for the time: without AVX-512, PyTorch's bf16 products take 40
-times as long as those in float32.
+in float32 for what bf16 costs. At 48 px for the time: without AVX-512, a bf16 product of PyTorch's took 40
+times as long as one in float32, a convolution 9 times.
 """
 
 import argparse

@@ -28,6 +28,7 @@ from benchmarks.static.shrunk import write_shrunk
 from benchmarks.static.stand_in import Like
 from fasttune.config import Config
 from fasttune.device import Placement
+from fasttune.errors import HardwareError
 from fasttune.memory.activations import policy_of
 from fasttune.models import MODELS
 from fasttune.models.compiled import Backend, Compiler
@@ -170,8 +171,8 @@ def graphs_row(case: Case, sizes: Sequence[Size]) -> Row:
     try:
         for size in warmed:
             run(size)
-    except torch._dynamo.exc.TorchDynamoException as error:
-        reason = str(error).strip().splitlines()[0]
+    except HardwareError as error:  # the trainer's, of what the compiler said
+        reason = str(error.__cause__).strip().splitlines()[0]
         return {**row, "graph_breaks": 1, "problem": f"does not compile as one graph: {reason}"}
     again = {}
     with torch.compiler.set_stance("fail_on_recompile"):
@@ -198,7 +199,7 @@ def graphs_row(case: Case, sizes: Sequence[Size]) -> Row:
 def _recompiles(run: Callable[[Size], None], size: Size) -> bool:
     try:
         run(size)
-    except RuntimeError as error:
+    except (RuntimeError, HardwareError) as error:
         if "recompile" not in str(error):
             raise
         return True

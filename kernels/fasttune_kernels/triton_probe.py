@@ -29,7 +29,9 @@ def _problem(index: int) -> str | None:
     """Half a second, if the kernel is not in Triton's cache."""
     try:
         with torch.cuda.device(index):
-            _probe_kernel[(1,)](torch.empty(1, device=torch.device("cuda", index)), **LAUNCHES[0].keywords())
+            _probe_kernel[(1,)](
+                torch.empty(1, device=torch.device("cuda", index)), **LAUNCHES[0].keywords()
+            )
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # whatever a compiler or a driver can raise

@@ -186,9 +186,8 @@ def test_a_step_with_compiled_blocks_multiplies_products_by_what_runs() -> None:
     assert fused["pointwise"] < plain["pointwise"]
     percent = round(100 * fused["launches"] / plain["launches"])
     assert fused["launches_percent_of_plain"] == percent < 80
-    # A and B of the joint projection, in each direction
-    assert fused["copies_in_blocks"] == 2 * 2 * 2
-    assert all("_adapters" in line for line in fused["copies"])
+    assert fused["copies_in_blocks"] == 0 and fused["copies"] == []
+    assert plain["copies_in_blocks"] > 0
 
 
 def test_a_planted_copy_and_a_planted_product_show(monkeypatch: pytest.MonkeyPatch) -> None:

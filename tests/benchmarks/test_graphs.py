@@ -157,7 +157,7 @@ def test_eager_mode_in_silence_is_counted(flux: Case, monkeypatch: pytest.Monkey
     assert "eager_calls 14" in row["problem"]
 
 
-def test_blocks_of_a_unet_have_two_graphs_for_each_height_and_width() -> None:
+def test_transformer_blocks_of_a_unet_have_two_graphs_whatever_the_height() -> None:
     with shrunk_case("sdxl-lora-12gb", repeats=1) as case:
         path = case.folder / "unet" / "config.json"
         config = json.loads(path.read_text())
@@ -167,8 +167,7 @@ def test_blocks_of_a_unet_have_two_graphs_for_each_height_and_width() -> None:
         kinds = block_kinds(build_on_meta(MODELS["sdxl"], case.folder))
     resnets = sum(name.startswith("ResnetBlock") for name in kinds)
     assert (row["token_counts"], row["shapes_warmed"]) == (1, 2)
-    # those of two kinds are before the first adapter: they keep nothing, and run as they are
-    assert row["graphs_of_ResnetBlock"] == 2 * 2 * (resnets - 2)
+    assert resnets > 0 and "graphs_of_ResnetBlock" not in row  # they are not compiled
     # those of 24 tokens, whatever the height
     assert row["graphs_of_TransformerBlock"] == 2 * (len(kinds) - resnets)
     assert row["graphs_beyond_one_a_shape"] == 0
