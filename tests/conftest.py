@@ -21,6 +21,8 @@ os.environ["TRITON_INTERPRET"] = "1"
 os.environ.setdefault(environment.AOTRITON, "1")
 if "PYTEST_XDIST_WORKER" in os.environ:  # one process a core: threads of torch's would share them
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    for name in [n for n in os.environ if n.startswith("PYTEST_XDIST_")]:
+        del os.environ[name]  # children that run pytest themselves are nobody's workers
 
 
 def load_module(path: Path) -> ModuleType:

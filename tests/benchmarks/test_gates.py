@@ -442,7 +442,9 @@ def test_a_gate_that_compiles_gets_the_number_of_jobs(
         return iter(())
 
     monkeypatch.setattr(codegen, "inspect", inspect)
-    monkeypatch.setattr(codegen, "launches_in_steps", lambda listed: [])  # not where kernels interpret
+    monkeypatch.setattr(
+        codegen, "launches_in_steps", lambda listed: []
+    )  # not where kernels interpret
     monkeypatch.setattr(host, "rows", lambda: iter([{"case": "a", "calls": 1}]))
     for command in (["codegen", "3"], ["codegen", "1", "--fresh"], ["host", "3"]):
         monkeypatch.setattr("sys.argv", ["gates.py", *command])
