@@ -6,7 +6,7 @@ views it has. So the trace is exact for what goes through the dispatcher, and ne
 a `FakeTensorMode` it gives the memory of a step of any size.
 
 Not counted, because it never is a tensor that an operation returns: workspaces inside a kernel (cuBLAS,
-cuDNN, im2col, attention's scratch), but for those that `scratch` knows; fragmentation, the CUDA context, and host tensors that torch
+cuDNN, im2col, attention's scratch) that `scratch` does not know; fragmentation, the CUDA context, and host tensors that torch
 makes without the dispatcher (the RNG state that `checkpoint` keeps, 5 KiB a block). The caching
 allocator may also hand out a block up to 1 MiB larger than asked for instead of splitting it.
 

@@ -267,18 +267,25 @@ def double_backward(
 
     dstreams: dict[str, Tensor] = {}
     dmodulations: dict[str, list[Tensor]] = {}
-    dout = out.new_empty(out.flatten(2).shape)
-    douts = {IMAGE: dout[:, num_text_tokens:], TEXT: dout[:, :num_text_tokens]}
+    leaving: dict[str, Tensor] = {}
     ends = gradients[0], _clip_backward(gradients[1], kept)
     for s, dstream in zip((IMAGE, TEXT), ends, strict=True):
-        dstreams[s], dmodulations[s] = _leave_backward(
-            c, t, kept, s, parts[s].flatten(2), dstream, douts[s], found
+        dstreams[s], leaving[s], dmodulations[s] = _leave_backward(
+            c, t, kept, s, parts[s].flatten(2), dstream, found
         )
 
+    # Only now is there room for it: both MLPs are behind. Each stream writes its part.
+    dout = out.new_empty(out.flatten(2).shape)
+    for s, part in ((IMAGE, dout[:, num_text_tokens:]), (TEXT, dout[:, :num_text_tokens])):
+        g = c.projections[f"out{s}"].backward(
+            t, c.wanted, leaving.pop(s), parts[s].flatten(2), kept[f"low_out{s}"],
+            into=part, training=c.training,
+        )  # fmt: skip
+        found |= g.parameters
     packed = joint() if packed is None else packed
     q, k, v = qk_norm_rope_forward(*packed)
     dq, dk, dv = attention_backward(dout.view_as(out), q, k, v, out, lse, mask)
-    del dout, douts, out, parts, q, k, v
+    del dout, part, out, parts, q, k, v
     wants_weights = "attn.norm_q.weight" in c.wanted
     dqkv, dtext_qkv, *dweights = qk_norm_rope_backward(dq, dk, dv, *packed, wants_weights)
     del dq, dk, dv, packed
@@ -315,15 +322,13 @@ def _leave_backward(
     s: str,
     out: Tensor,  # (B, L or T, D): attention's output of this stream
     dstream: Tensor,
-    dout: Tensor,
     found: dict[str, Tensor],
-) -> tuple[Tensor, list[Tensor]]:
-    """From the block's output back to attention's: gradients of the stream before it, and of the
-    modulation from its gate on. Writes that of attention's output into `dout`, where the other stream's
-    joins it, and adds those of parameters to `found`."""
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """From the block's output back to attention's projection: gradients of the stream before it, of the
+    projection's output, and of the modulation from its gate on. Adds those of parameters to `found`."""
     wants = f"modulation{s}" in c.wanted
     _, _, gate, mlp_shift, mlp_scale, mlp_gate = t[f"modulation{s}"].chunk(6, dim=-1)
-    up, down, leave = (c.projections[f"{name}{s}"] for name in ("mlp", "down", "out"))
+    up, down = c.projections[f"mlp{s}"], c.projections[f"down{s}"]
     stream = z = None
     if wants or f"residual{s}" not in kept:
         z = c.project(f"out{s}", t, out)[0]
@@ -361,9 +366,7 @@ def _leave_backward(
     del stream, g
     dz, dgate = gated_residual_backward(dx, z if wants else None, gate, wants)
     del z
-    g = leave.backward(t, c.wanted, dz, out, kept[f"low_out{s}"], into=dout, training=c.training)
-    found |= g.parameters
-    return dx, [dgate, dmlp_shift, dmlp_scale, dmlp_gate]
+    return dx, dz, [dgate, dmlp_shift, dmlp_scale, dmlp_gate]
 
 
 DOUBLE = Formula(

@@ -242,8 +242,9 @@ class _Apply(torch.autograd.Function):
         if ctx.away is not None:
             kept |= ctx.offload.fetch(ctx.away)
         kept = {key: kept[key] for key in ctx.keys}  # graphs take them in this order
-        # A network's last block of a kind may get a slice: one copy there spares a graph of its own.
-        gradients = tuple(map(_laid_out, gradients, ctx.strides))
+        if ctx.kind.compile is not None:
+            # A network's last block of a kind may get a slice: one copy there spares a graph of its own.
+            gradients = tuple(map(_laid_out, gradients, ctx.strides))
         found = ctx.kind.backward(ctx.context, ctx.names, tensors, kept, gradients)
         wanted = (found.get(n) if n in ctx.context.wanted else None for n in ctx.names)
         return None, None, None, None, *wanted

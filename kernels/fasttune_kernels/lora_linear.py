@@ -30,6 +30,7 @@ from torch import Tensor
 
 from fasttune_kernels.dispatch import custom_op
 from fasttune_kernels.lora_linear_products import (
+    Adapters,
     adapters_of,
     as_matrix,
     base_product,
@@ -133,10 +134,9 @@ def lora_linear_backward(
 
     Without adapters and wants_weight nothing of x is read but its shape.
     """
-    return _gradients(
-        dy, x, x2, weight, lora_A, lora_B, low, slices, scale, dropout, seed, residual, wants_x,
-        wants_weight, wants_bias, None,
-    )  # fmt: skip
+    adapters = adapters_of(lora_A, lora_B, slices, scale, dropout, seed)
+    wants = wants_x, wants_weight, wants_bias
+    return _gradients(dy, x, x2, weight, adapters, low, residual, wants, None)
 
 
 @custom_op("fasttune::lora_linear_backward_into", mutates_args=("dx",))
@@ -161,10 +161,9 @@ def lora_linear_backward_into(
     Products write rows that follow each other without a gap. In a larger tensor those of several samples
     do not, and are copied.
     """
-    _, _, *others = _gradients(
-        dy, x, None, weight, lora_A, lora_B, low, slices, scale, dropout, seed, None, True,
-        wants_weight, wants_bias, dx,
-    )  # fmt: skip
+    adapters = adapters_of(lora_A, lora_B, slices, scale, dropout, seed)
+    wants = True, wants_weight, wants_bias
+    _, _, *others = _gradients(dy, x, None, weight, adapters, low, None, wants, dx)
     dweight, dbias, dA, dB = others
     return dweight, dbias, dA, dB
 
@@ -174,23 +173,16 @@ def _gradients(
     x: Tensor,
     x2: Tensor | None,
     weight: Tensor,
-    lora_A: Tensor | None,
-    lora_B: Tensor | None,
+    adapters: Adapters | None,
     low: Tensor,
-    slices: list[int],
-    scale: float,
-    dropout: float,
-    seed: Tensor | None,
     residual: Tensor | None,
-    wants_x: bool,
-    wants_weight: bool,
-    wants_bias: bool,
+    wants: tuple[bool, bool, bool],  # of input, weight and bias
     out: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """What `lora_linear_backward` returns, with dx in `out` if given."""
+    wants_x, wants_weight, wants_bias = wants
     shape, dy = dy.shape[:-1], as_matrix(dy)
     buffers = buffers_of(x, x2)
-    adapters = adapters_of(lora_A, lora_B, slices, scale, dropout, seed)
     if wants_weight or adapters is not None:
         buffers = [(as_matrix(buffer), begin, end) for buffer, begin, end in buffers]
     dlow, dA, dB = None, dy.new_empty(0), dy.new_empty(0)

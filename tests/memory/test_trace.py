@@ -264,11 +264,7 @@ def test_fake_tensors_give_the_trace_of_real_ones(
     real = trace_rehearsal(make(*case, fused=fused))
     with FakeTensorMode():
         fake = trace_rehearsal(make(*case, fused=fused))
-    if fused:  # which lay out gradients whose strides fake convolutions do not show
-        assert fake.peak_bytes == pytest.approx(real.peak_bytes, rel=0.01)
-        assert fake.resting == real.resting
-    else:
-        assert fake == real
+    assert fake == real
     assert fake.resting["optimizer"] > 0
 
 
