@@ -132,7 +132,7 @@ class LeftOut:
 
 def fused_blocks(config: Config, folder: Path) -> Launches:
     """Of a step whose fused blocks are compiled."""
-    with rehearsed(config, folder, micro_batches=1) as rehearsal:
+    with rehearsed(config, folder) as rehearsal:
         left_out, policy = LeftOut(), policy_of(config.memory.activations)
         dtype = rehearsal.placement.compute_dtype
         kinds = fuse(rehearsal.denoiser, FORMULAS, policy=policy, compile=left_out, dtype=dtype)
@@ -174,7 +174,7 @@ class Call:
 
 def plain_blocks(config: Config, folder: Path) -> Launches:
     """Of a step whose plain blocks are compiled."""
-    with rehearsed(config, folder, micro_batches=1) as rehearsal:
+    with rehearsed(config, folder) as rehearsal:
         unfuse(rehearsal.denoiser)
         calls = leave_out_blocks(rehearsal)
         launches = Launches(outside=costs_of_a_step(rehearsal, config.train.gradient_accumulation))

@@ -5,24 +5,20 @@ processes of their own, two at a time, and are compared with expected/static.jso
 """
 
 import argparse
-import hashlib
 import importlib
 import inspect
 import json
-import os
-import platform
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
-from importlib.metadata import distributions
 from pathlib import Path
+from types import MappingProxyType
 
 from benchmarks.harness import ROOT, Row, collect, emit, table
 from benchmarks.static import expected as e
-from benchmarks.static import lock
+from benchmarks.static import lock, sources
 from benchmarks.static.versions import CONSTRAINTS, advice, differing, installed_versions
 from fasttune.errors import FasttuneError
 
@@ -37,6 +33,9 @@ GATES = {
 }
 """Module -> the gates its rows belong to. A row of several names its own. The slowest is first, but for
 codegen, which compiles only what changed and a twentieth of the rest."""
+LOCKED = ("step", "graphs", "blocks", "compiled_launches")
+"""Modules that take minutes: they are counted where a source changed since their values were written, and
+one of them all the same."""
 DONE = "done"
 """Marks the last row of a module, so that one without cases is not taken for a failure."""
 FRESH = "--fresh"
@@ -56,6 +55,8 @@ class Outcome:
     seconds: float
     digests: dict[str, str] = field(default_factory=dict)
     """Of what its rows were made from, where they say so: lock.py."""
+    state: str = ""
+    """Of the sources that it ran on; none where they changed meanwhile."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -90,8 +91,10 @@ def run(args: argparse.Namespace) -> int:
     if reasons and not args.write:
         raise FasttuneError("--reason is written into LOG.md together with the values: add --write")
     begin = time.perf_counter()
-    outcomes = list(find(args.gate or GATES, jobs=args.jobs, cache=None if args.fresh else CACHE))
-    installed = installed_versions()
+    installed, modules = installed_versions(), args.gate or list(GATES)
+    known = {} if args.fresh else recorded(modules, e.read(), installed)
+    cache = None if args.fresh else CACHE
+    outcomes = list(find(modules, jobs=args.jobs, cache=cache, known=known))
     problems = problems_of(outcomes)
     for problem in problems:
         print(f"PROBLEM  {problem}")
@@ -123,23 +126,46 @@ def reasons_of(given: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def find(modules: Sequence[str], *, jobs: int, cache: Path | None) -> Iterator[Outcome]:
-    """Runs the modules and yields what they found, in their order."""
+def recorded(
+    modules: Sequence[str], expectation: e.Expectation, installed: dict[str, str]
+) -> dict[str, Outcome]:
+    """What need not be counted: values that were written for the sources as they are."""
+    state, locked = sources.of_sources(), lock.read(lock.MODULES)
+    sampled = LOCKED[int(state, 16) % len(LOCKED)]
+    found = {}
+    for module in {*modules} & {*LOCKED} - {sampled}:
+        gates = {gate: expectation.gates.get(gate, {}) for gate in GATES[module]}
+        same = all(e.same_versions(gate, expectation, installed) for gate in gates)
+        if same and locked.get(module) == lock.digest(state, gates):
+            names = {name for gate in gates for name in expectation.depends.get(gate, ())}
+            found[module] = Outcome(module, gates, tuple(sorted(names)), 0.0, state=state)
+    return found
+
+
+def find(
+    modules: Sequence[str],
+    *,
+    jobs: int,
+    cache: Path | None,
+    known: Mapping[str, Outcome] = MappingProxyType({}),
+) -> Iterator[Outcome]:
+    """Runs the modules, but for those that are known, and yields what they found, in their order."""
+
+    def outcome_of(module: str) -> Outcome:
+        return known[module] if module in known else _run_module(module, cache=cache, jobs=jobs)
+
     with ThreadPoolExecutor(jobs) as pool:
-        for outcome in pool.map(partial(_run_module, cache=cache, jobs=jobs), modules):
+        for outcome in pool.map(outcome_of, modules):
             count = sum(len(cases) for cases in outcome.gates.values())
-            print(
-                f"{outcome.module}: {count} cases, {outcome.seconds:.0f} s",
-                file=sys.stderr,
-                flush=True,
-            )
+            how = "as recorded" if outcome.module in known else f"{outcome.seconds:.0f} s"
+            print(f"{outcome.module}: {count} cases, {how}", file=sys.stderr, flush=True)
             yield outcome
 
 
 def _run_module(module: str, cache: Path | None, jobs: int) -> Outcome:
     """From the cache if nothing changed that a number could depend on."""
     begin = time.perf_counter()
-    before = fingerprint()
+    before, state = sources.of_machine(), sources.of_sources()
     kept = None if cache is None else cache / f"{module}-{before}.json"
     if kept is not None and kept.is_file():
         found = json.loads(kept.read_text(encoding="utf-8"))
@@ -147,11 +173,9 @@ def _run_module(module: str, cache: Path | None, jobs: int) -> Outcome:
         command = [sys.executable, "-m", "benchmarks.static.gates", module, str(jobs)]
         found = collect([*command, *([FRESH] if cache is None else [])], threads=1)
         # Not what was found while somebody edited, nor a problem: it may be gone the next time.
-        if (
-            kept is not None
-            and fingerprint() == before
-            and not any(r.get("problem") for r in found)
-        ):
+        if sources.of_machine() != before:
+            state = ""
+        elif kept is not None and not any(r.get("problem") for r in found):
             _keep(kept, module, found)
     *rows, last = found
     gates: e.Gates = {}
@@ -166,43 +190,7 @@ def _run_module(module: str, cache: Path | None, jobs: int) -> Outcome:
             raise RuntimeError(f"gate {module}: two rows {case!r}")
         cases[case] = row
     seconds = time.perf_counter() - begin
-    return Outcome(module, gates, tuple(last["versions"]), seconds, digests)
-
-
-SOURCES = ("fasttune", "kernels", "csrc", "configs", "pyproject.toml")
-SOURCES += tuple(
-    f"benchmarks/{name}"
-    for name in (
-        "__init__.py",
-        "__main__.py",
-        "command.py",
-        "gpus.toml",
-        "harness.py",
-        "models",
-        "roofline.py",
-        "static",
-    )
-)
-IGNORED = {"__pycache__"}
-KINDS = {".py", ".toml", ".json", ".cu", ".cuh", ".h", ".cpp", ".so"}
-
-
-def fingerprint() -> str:
-    """Of every file that the gates run or read, and of what they run on."""
-    digest = hashlib.blake2b(digest_size=12)
-    packages = sorted(f"{d.name} {d.version}" for d in distributions())
-    inherited = os.environ  # noqa: TID251  # compilers read some of it
-    variables = {k: v for k, v in inherited.items() if k.startswith(("TORCH", "TRITON"))}
-    digest.update(json.dumps([packages, variables, sys.version, platform.machine()]).encode())
-    for name in SOURCES:
-        top = ROOT / name
-        for path in [top] if top.is_file() else sorted(top.rglob("*")):
-            inside = path.relative_to(ROOT)
-            if path.suffix in KINDS and path.is_file() and not IGNORED & set(inside.parts):
-                digest.update(f"{inside}\0{path.stat().st_size}\0".encode() + path.read_bytes())
-    allowed = e.EXPECTED.with_name("codegen_allowed.toml")
-    digest.update(allowed.read_bytes() if allowed.is_file() else b"")
-    return digest.hexdigest()
+    return Outcome(module, gates, tuple(last["versions"]), seconds, digests, state)
 
 
 def _keep(path: Path, module: str, rows: list[Row]) -> None:
@@ -331,9 +319,7 @@ def write(
             "those of one gate, which is written into LOG.md"
         )
     e.EXPECTED.write_text(e.to_json(new), encoding="utf-8")
-    for outcome in outcomes:
-        if outcome.digests:
-            lock.write(outcome.digests)
+    lock_values(outcomes)
     REPLACEMENT.unlink(missing_ok=True)
     if worse:
         lines = "\n".join(e.log_line(d, f"{r}.") for d, r in zip(worse, why, strict=True))
@@ -342,6 +328,19 @@ def write(
         print("Nothing is worse or gone: LOG.md is as it was, without the reason")
     print(f"{len(differences)} values taken over into {e.EXPECTED.relative_to(ROOT)}")
     return 0
+
+
+def lock_values(outcomes: Sequence[Outcome]) -> None:
+    """Notes which sources the written values are of."""
+    modules = lock.read(lock.MODULES)
+    for outcome in outcomes:
+        if outcome.digests:
+            lock.write(outcome.digests)
+        modules.pop(outcome.module, None)
+        if outcome.module in LOCKED and outcome.state:
+            gates = {gate: outcome.gates.get(gate, {}) for gate in GATES[outcome.module]}
+            modules[outcome.module] = lock.digest(outcome.state, gates)
+    lock.write(modules, lock.MODULES)
 
 
 def _gates_of(outcomes: Sequence[Outcome]) -> set[str]:

@@ -1,10 +1,12 @@
-"""Which sources the recorded machine code was made from, so that nothing is compiled where nothing changed.
+"""Which sources the recorded values are of, so that nothing is counted again where nothing changed.
 
 expected/codegen.lock has for each case a digest of all that its values depend on (the kernel with
 what it calls, its launch, the target, the compiler, the code that reads the result) together with the
 values in static.json. Where both are as they were, compiling again would give them again. One case in
 `SAMPLE` is compiled all the same, others after each change of the file, so that a file which says what
 was never compiled is found out.
+
+expected/gates.lock is the same for the other gates that take minutes, with a digest of the whole tree.
 """
 
 import hashlib
@@ -21,15 +23,17 @@ from fasttune.errors import FasttuneError
 KEY = "lock"
 """Of a row: its digest, which is no value."""
 LOCK = e.EXPECTED.with_name("codegen.lock")
+MODULES = e.EXPECTED.with_name("gates.lock")
 SAMPLE = 20
 HEAD = (
-    "# fasttune bench static --write makes this file. Of each case: its sources and its values.\n"
+    "# fasttune bench static --write makes this file. Digests of the sources and of the values.\n"
 )
 
 
-def digest(identity: str, resources: Resources) -> str:
-    """Of what a compilation depends on, and of what it gave."""
-    text = f"{identity} {json.dumps(asdict(resources), sort_keys=True)}"
+def digest(identity: str, values: Resources | e.Gates) -> str:
+    """Of what values depend on, and of the values."""
+    plain = asdict(values) if isinstance(values, Resources) else values
+    text = f"{identity} {json.dumps(plain, sort_keys=True)}"
     return hashlib.sha256(text.encode()).hexdigest()[:20]
 
 

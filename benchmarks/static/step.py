@@ -1,12 +1,9 @@
 """Gates memory, flops and launches: one training step of every config in configs/ at its real size.
 
 The step runs on fake tensors, so nothing is allocated and no GPU is needed, in the dtypes of a GPU with
-bf16. Memory is traced over two steps, as the first one makes the optimizer's state; FLOPs, bytes and
-launches are counted in a third. Images have the size of the run's largest bucket, so that no batch of
-the run takes more. A step of several micro-batches is traced with two, which is where
-the peak is: the second finds the gradients of the first in place; costs are those of all.
-
-Fake tensors show what operations return. What a kernel of ours allocates for itself is not seen.
+bf16. Images have the size of the run's largest bucket, so that no batch of the run takes more. What the
+first step makes for all others is there before it. Of several micro-batches the second is traced, which
+finds gradients in place, so that the peak is there; costs are those of all.
 """
 
 from collections.abc import Iterator, Mapping
@@ -15,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.harness import Row
@@ -23,7 +21,7 @@ from benchmarks.static.blocks import MIXED
 from benchmarks.static.costs import Costs, CountCosts
 from benchmarks.static.gpu_operations import as_on_gpu
 from benchmarks.static.models import shipped_configs, with_lora
-from benchmarks.static.step_memory import trace_rehearsal
+from benchmarks.static.step_memory import NOTHING, trace_rehearsal
 from benchmarks.static.versions import CPU_LIBRARY
 from fasttune.build import set_blocks
 from fasttune.config import Config
@@ -58,10 +56,10 @@ def activation_rows(family: str) -> Iterator[Row]:
     name, config, folder = next(c for c in shipped_configs() if c[0].startswith(f"{family}-lora"))
     config = with_lora(config, "attention")
     config = replace(config, memory=replace(config.memory, activations="save"))
-    with rehearsed(config, folder, micro_batches=2, size=(1024, 1024)) as rehearsal:
-        rehearsal.take_step()  # makes the optimizer's state
+    with rehearsed(config, folder, size=(1024, 1024)) as rehearsal:
+        warm_up(rehearsal)
         unfuse(rehearsal.denoiser)
-        plain = memory_row(f"{name}, activations saved, plain blocks", rehearsal, steps=1)
+        plain = memory_row(f"{name}, activations saved, plain blocks", rehearsal)
         yield plain
         for kept in KEPT[family]:
             memory = replace(config.memory, activations=kept)
@@ -71,7 +69,7 @@ def activation_rows(family: str) -> Iterator[Row]:
                 rehearsal.placement,
                 device_type=rehearsal.device_type,
             )
-            row = memory_row(f"{name}, activations {_said(kept)}", rehearsal, steps=1)
+            row = memory_row(f"{name}, activations {_said(kept)}", rehearsal)
             percent = round(100 * row["saved_gib"] / plain["saved_gib"])
             yield {**row, "saved_percent_of_plain": percent}
 
@@ -84,21 +82,26 @@ def _said(kept: Activations) -> str:
 
 def rows_of(name: str, config: Config, folder: Path) -> Iterator[Row]:
     """The rows of one run, at its largest bucket."""
-    with rehearsed(config, folder, micro_batches=2) as rehearsal:
-        yield memory_row(name, rehearsal)
-        costs = costs_of_a_step(rehearsal, config.train.gradient_accumulation)
+    count = config.train.gradient_accumulation
+    with rehearsed(config, folder) as rehearsal:
+        warm_up(rehearsal)
+        first, others, update = CountCosts(), CountCosts(), CountCosts()
+        if count > 1:
+            with first:
+                rehearsal.micro_batch()
+        yield memory_row(name, rehearsal, (others, update))
+        costs = first.costs + others.costs.times(max(count - 1, 1)) + update.costs
         yield flops_row(name, rehearsal, costs)
         yield launches_row(name, costs)
 
 
 @contextmanager
 def rehearsed(
-    config: Config, folder: Path, *, micro_batches: int, size: tuple[int, int] | None = None
+    config: Config, folder: Path, *, size: tuple[int, int] | None = None
 ) -> Iterator[Rehearsal]:
-    """A rehearsal on fake tensors, with at most so many micro-batches a step; at its largest bucket
-    unless a (width, height) in pixels is given."""
-    count = min(config.train.gradient_accumulation, micro_batches)
-    short = replace(config, train=replace(config.train, gradient_accumulation=count))
+    """A rehearsal on fake tensors, with one micro-batch a step; at its largest bucket unless a
+    (width, height) in pixels is given."""
+    short = replace(config, train=replace(config.train, gradient_accumulation=1))
     kind = "cpu" if config.run.device == "cpu" else "cuda"
     with FakeTensorMode():
         placement = gpu_placement(config)
@@ -107,9 +110,22 @@ def rehearsed(
             yield rehearsal
 
 
-def memory_row(name: str, rehearsal: Rehearsal, *, steps: int = 2) -> Row:
-    """The peak of some steps and what it consists of, in GiB."""
-    found = trace_rehearsal(rehearsal, steps=steps)
+def warm_up(rehearsal: Rehearsal) -> None:
+    """Makes what a first step leaves behind: the forward's tables, and in an update the optimizer's
+    state."""
+    with torch.no_grad():
+        rehearsal.forward.loss(rehearsal.batch, torch.Generator())
+    for p in rehearsal.trained.parameters.values():
+        p.grad = torch.zeros_like(p)
+    rehearsal.update()
+
+
+def memory_row(
+    name: str, rehearsal: Rehearsal, counts: tuple[CountCosts, CountCosts] | None = None
+) -> Row:
+    """The peak of a step and what it consists of, in GiB. `counts` gets the costs of the micro-batch
+    and those of the update."""
+    found = trace_rehearsal(rehearsal, steps=1, within=counts or NOTHING)
     parts = {f"{part}_gib": gib(size) for part, size in found.breakdown.items()}
     return {
         "gate": "memory",

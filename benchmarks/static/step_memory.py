@@ -2,8 +2,9 @@
 
 import gc
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,8 +35,15 @@ class MemoryResult:
     """The same by category."""
 
 
-def trace_rehearsal(rehearsal: Rehearsal, *, steps: int = 2) -> MemoryResult:
-    """Takes `steps` steps, two or more if none was taken before: the first makes the optimizer's
+Within = tuple[AbstractContextManager[Any], AbstractContextManager[Any]]
+"""Entered for the micro-batches of a step, and for its update: a mode that counts something."""
+NOTHING: Within = nullcontext(), nullcontext()
+
+
+def trace_rehearsal(
+    rehearsal: Rehearsal, *, steps: int = 2, within: Within = NOTHING
+) -> MemoryResult:
+    """Takes `steps` steps, two or more if no update was made before: the first makes the optimizer's
     state, so that the peak can fall in it or after. Fake tensors need their mode to be on.
 
     Python's cycle collection is off meanwhile: when it runs depends on all else in the process. What
@@ -51,7 +59,7 @@ def trace_rehearsal(rehearsal: Rehearsal, *, steps: int = 2) -> MemoryResult:
         for step in range(steps):
             if step == steps - 1:
                 resting = trace.breakdown()
-            take_step(trace, rehearsal)
+            take_step(trace, rehearsal, within)
             label_rehearsal(trace, rehearsal)
     peak = trace.peak
     return MemoryResult(
@@ -64,12 +72,14 @@ def trace_rehearsal(rehearsal: Rehearsal, *, steps: int = 2) -> MemoryResult:
     )
 
 
-def take_step(trace: MemoryTrace, rehearsal: Rehearsal) -> Tensor:
+def take_step(trace: MemoryTrace, rehearsal: Rehearsal, within: Within = NOTHING) -> Tensor:
     """`rehearsal.take_step()` with the update as a phase of its own."""
+    in_micro_batches, in_update = within
     rehearsal.trained.set_lr(rehearsal.step)
     count = rehearsal.config.train.gradient_accumulation
-    losses = [rehearsal.micro_batch() for _ in range(count)]
-    with trace.phase("update"):
+    with in_micro_batches:
+        losses = [rehearsal.micro_batch() for _ in range(count)]
+    with trace.phase("update"), in_update:
         rehearsal.update()
     return torch.stack(losses).sum()
 

@@ -329,7 +329,8 @@ class MemoryTrace(TorchDispatchMode):
             return False
         frame = sys._getframe(1).f_back
         while frame is not None and frame.f_code is not _RUN_BACKWARD:
-            if not frame.f_code.co_filename.startswith(_TORCH):
+            in_torch = frame.f_code.co_filename.startswith(_TORCH)
+            if not in_torch and frame.f_code.co_name != "__torch_dispatch__":  # of another mode
                 return False  # a backward written in Python
             frame = frame.f_back
         return True  # a thread of the engine's own has no frame of Python's below the dispatch

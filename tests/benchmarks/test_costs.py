@@ -77,7 +77,7 @@ def test_flux_has_the_flops_of_the_arithmetic() -> None:
     config = config_named("flux-lora-32gb")
     config = replace(config, memory=replace(config.memory, activations="save"))
     folder, size = MODEL_FOLDERS["flux-dev"], (1024, 1024)
-    with step.rehearsed(config, folder, micro_batches=1, size=size) as rehearsal:
+    with step.rehearsed(config, folder, size=size) as rehearsal:
         generator = torch.Generator()
         with CountCosts() as count, torch.no_grad():
             rehearsal.forward.loss(rehearsal.batch, generator)
@@ -107,7 +107,7 @@ def rows_with(
     (folder,) = [f for name, _, f in step.shipped_configs() if name == "quickstart"]
     if monkeypatch is not None:
         monkeypatch.setitem(FORMULAS, TransformerBlock, replace(TRANSFORMER, **planted))
-    with step.rehearsed(config, folder, micro_batches=1) as rehearsal:
+    with step.rehearsed(config, folder) as rehearsal:
         costs = step.costs_of_a_step(rehearsal, 1)
         flops = step.flops_row("x", rehearsal, costs)
     return {**flops, **step.launches_row("x", costs)}

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.static import codegen, gates, host, python_calls, step, versions
+from benchmarks.static import codegen, gates, host, lock, python_calls, sources, step, versions
 from benchmarks.static import expected as e
 from benchmarks.static.versions import CPU_LIBRARY
 from fasttune.errors import FasttuneError
@@ -35,6 +35,8 @@ def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(e.read, "__defaults__", (path,))
     monkeypatch.setattr(gates, "ROOT", tmp_path)
     monkeypatch.setattr(gates, "REPLACEMENT", path.with_name("static.new.json"))
+    monkeypatch.setattr(lock, "MODULES", path.with_name("gates.lock"))
+    monkeypatch.setattr(sources, "ROOT", tmp_path)
     monkeypatch.setattr(gates, "GATES", {"memory": ("memory",), "codegen": ("codegen",)})
     monkeypatch.setattr(gates, "installed_versions", lambda: dict(VERSIONS))
     git(tmp_path, "init", "-q", "-b", "main")
@@ -372,7 +374,7 @@ def cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], dict
     source = tmp_path / "fasttune" / "number.py"
     source.parent.mkdir()
     source.write_text("1")
-    monkeypatch.setattr(gates, "ROOT", tmp_path)
+    monkeypatch.setattr(sources, "ROOT", tmp_path)
 
     def collect(command: list[str], *, threads: int) -> list[dict[str, Any]]:
         collect.runs += 1  # type: ignore[attr-defined]
@@ -388,7 +390,9 @@ def cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], dict
     monkeypatch.setattr(gates, "collect", collect)
 
     def run() -> dict[str, Any]:
+        before = sources.of_sources()
         outcome = gates._run_module("memory", tmp_path / "cache", jobs=2)
+        assert outcome.state == (before if before == sources.of_sources() else "")
         return {**outcome.gates["memory"]["a"], "runs": collect.runs}  # type: ignore[attr-defined]
 
     return run
@@ -420,6 +424,77 @@ def test_what_was_found_while_a_file_was_edited_is_not_kept(
     edit.unlink()
     source.write_text("1")
     assert cached() == {"u": 1, "runs": 2}
+
+
+@pytest.fixture
+def locked(repository: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
+    """locked(found, *arguments) -> the modules that were counted, in a run on four slow ones whose one
+    number is `found`."""
+    (repository / "fasttune").mkdir()
+    (repository / "fasttune" / "number.py").write_text("1")
+    monkeypatch.setattr(gates, "GATES", {name: (name,) for name in gates.LOCKED})
+    monkeypatch.setattr(gates, "CACHE", repository / "cache")
+
+    def run(found: int, *arguments: str) -> list[str]:
+        counted = []
+
+        def collect(command: list[str], *, threads: int) -> list[dict[str, Any]]:
+            counted.append(command[3])
+            row = {"measurement": command[3], "case": "a", "u": found}
+            return [row, {"measurement": "done", "versions": ["torch"]}]
+
+        monkeypatch.setattr(gates, "collect", collect)
+        for kept in (repository / "cache").glob("*"):
+            kept.unlink()  # as in a clean clone
+        parser = argparse.ArgumentParser()
+        gates.add_arguments(parser)
+        run.status = gates.run(parser.parse_args(arguments))  # type: ignore[attr-defined]
+        return counted
+
+    return run
+
+
+def test_all_but_one_are_as_recorded_where_no_source_changed(
+    locked: Callable[..., list[str]],
+    repository: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert sorted(locked(1, "--write", "--reason", "first")) == sorted(gates.LOCKED)
+    (sampled,) = locked(1)
+    assert locked.status == 0  # type: ignore[attr-defined]
+    assert capsys.readouterr().err.count("1 cases, as recorded") == 3
+    assert locked(1) == [sampled]
+    assert len(locked(1, "--fresh")) == 4
+    # What the sample finds is compared.
+    assert locked(2) == [sampled] and locked.status == 1  # type: ignore[attr-defined]
+
+    source, expected = repository / "fasttune" / "number.py", e.EXPECTED.read_text()
+    source.write_text("2")
+    assert len(locked(1)) == 4  # of other sources
+    source.write_text("1")
+    e.EXPECTED.write_text(expected.replace('"u": 1', '"u": 0'))
+    assert len(locked(1)) == 4  # by hand
+    e.EXPECTED.write_text(expected)
+    monkeypatch.setattr(gates, "installed_versions", lambda: {**VERSIONS, "torch": "2.14.0"})
+    assert len(locked(1)) == 4  # with other versions
+
+
+def test_each_module_is_the_sample_of_some_states(monkeypatch: pytest.MonkeyPatch) -> None:
+    states, values = [f"{number:024x}" for number in range(8)], {"a": {"u": 1}}
+    depends = {gate: ["torch"] for module in gates.LOCKED for gate in gates.GATES[module]}
+    expectation = e.Expectation(VERSIONS, dict.fromkeys(depends, values), depends)
+    drawn = []
+    for state in states:
+        digests = {
+            module: lock.digest(state, dict.fromkeys(gates.GATES[module], values))
+            for module in gates.LOCKED
+        }
+        monkeypatch.setattr(lock, "read", lambda path, digests=digests: digests)
+        monkeypatch.setattr(sources, "of_sources", lambda state=state: state)
+        known = gates.recorded(list(gates.GATES), expectation, VERSIONS)
+        drawn += {*gates.LOCKED} - {*known}
+    assert drawn == [*gates.LOCKED] * 2
 
 
 def test_a_gate_that_compiles_gets_the_number_of_jobs(
