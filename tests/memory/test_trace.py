@@ -4,6 +4,7 @@ import gc
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
 from benchmarks.static import own_launches
+from benchmarks.static.costs import CountCosts
 from benchmarks.static.models import MODEL_FOLDERS, config_named, with_lora
 from benchmarks.static.own_launches import scratch_of
 from benchmarks.static.step_memory import label_rehearsal, take_step, trace_rehearsal
@@ -394,6 +396,21 @@ def test_the_backward_knows_its_module() -> None:
         trace.reset_peak()
         loss.backward()
         assert (trace.peak.module, trace.peak.phase) == ("1", "backward")
+
+
+@pytest.mark.parametrize("counting", [False, True])
+def test_a_sum_of_gradients_takes_the_place_of_a_term(counting: bool) -> None:
+    """Autograd adds into a term that nobody else has. It is told by who called the addition, which a
+    mode in between does not hide."""
+    x = torch.ones(256, 16, requires_grad=True)
+    with MemoryTrace(rounding=exact_size) as trace, CountCosts() if counting else nullcontext():
+        y = x * 2.0
+        loss = (y * 3.0).sum() + (y * 5.0).sum()
+        del y
+        before = trace.live
+        trace.reset_peak()
+        loss.backward()
+        assert trace.peak.bytes - before < 3 * x.nbytes  # the terms, no sum beside them
 
 
 def test_only_the_device_asked_for_counts() -> None:
