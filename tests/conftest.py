@@ -1,5 +1,6 @@
 """Fixtures that several test files share: tiny model bundles and folders of images."""
 
+import gc
 import importlib.util
 import logging
 import os
@@ -23,6 +24,12 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # one process a core: threads of torch'
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     for name in [n for n in os.environ if n.startswith("PYTEST_XDIST_")]:
         del os.environ[name]  # children that run pytest themselves are nobody's workers
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays, and need not be looked through in every collection of garbage."""
+    gc.collect()
+    gc.freeze()
 
 
 def load_module(path: Path) -> ModuleType:

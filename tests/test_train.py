@@ -25,6 +25,9 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::F
 
 ROOT = Path(__file__).parents[1]
 
+DRAWS = {"adapter__dropout": 0.1, "train__gradient_accumulation": 2}
+"""What draws in the middle of a step, and has one go on in the next micro-batch."""
+
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
@@ -58,12 +61,10 @@ def write_config(data, tmp_path, tiny_sdxl):
             "model.path": str(tiny_sdxl),
             "adapter.rank": 4,
             "adapter.alpha": 4,
-            "adapter.dropout": 0.1,
             "memory.activations": "save",
             "cache.dir": str(data / "cache"),
             "train.steps": 6,
             "train.batch_size": 2,
-            "train.gradient_accumulation": 2,
             "optimizer.lr": 1e-3,
             "schedule.name": "cosine",
             "schedule.warmup_steps": 2,
@@ -116,15 +117,15 @@ def assert_same_end(a, b):
 
 
 def test_twice_the_same_config_gives_bitwise_the_same_losses_and_weights(run, tmp_path):
-    _, first = run()
-    _, second = run()
+    _, first = run(**DRAWS)
+    _, second = run(**DRAWS)
     assert first.name == "r" and second.name == "r-2"  # nothing is written over
     assert_same_end(first, second)
     assert len(losses(first)) == 6
     trained = {k: v for k, v in state(first)[1].items() if k.startswith("trainable/")}
     assert all(v.abs().max() > 0 for v in trained.values())  # lora_B left zero
-    _, third = run(run__seed=43)
-    assert losses(third) != losses(first)
+    _, third = run(**DRAWS, run__seed=43, train__steps=3)
+    assert all(loss != losses(first)[step] for step, loss in losses(third).items())
 
 
 def test_the_resolved_config_gives_the_same_run(run, tmp_path):
@@ -137,13 +138,18 @@ def test_the_resolved_config_gives_the_same_run(run, tmp_path):
 @pytest.mark.parametrize(
     "overrides",
     [
-        {},
-        {"adapter__type": "none", "optimizer__name": "adafactor", "optimizer__lr": 1e-4},
-        {"adapter__type": "none", "optimizer__name": "lion", "optimizer__lr": 1e-5},
+        DRAWS,
         {"precision__compute": "fp16", "memory__activations": "recompute"},
         {"precision__compute": "bf16", "precision__base": "bf16", "adapter__type": "none"},
+        *(
+            pytest.param(
+                {"adapter__type": "none", "optimizer__name": name, "optimizer__lr": lr},
+                marks=pytest.mark.slow,
+            )
+            for name, lr in (("adafactor", 1e-4), ("lion", 1e-5))
+        ),
     ],
-    ids=["lora", "full-adafactor", "full-lion", "fp16", "full-bf16"],
+    ids=["lora", "fp16", "full-bf16", "full-adafactor", "full-lion"],
 )
 def test_stopping_in_the_middle_and_resuming_changes_nothing(run, tmp_path, monkeypatch, overrides):
     _, whole = run(**overrides, run__name="whole")
@@ -166,12 +172,12 @@ def test_stopping_in_the_middle_and_resuming_changes_nothing(run, tmp_path, monk
     assert_same_end(whole, part)
 
 
-DIES_WRITING_STEP_8 = """
+DIES_WRITING_STEP_5 = """
 import os, signal, sys
 import fasttune.checkpoint, fasttune.cli
 write = fasttune.checkpoint.write_tensors
 def dies(path, *args, **kwargs):
-    if path.parent.name.startswith(".step-000008") and path.name.startswith("optimizer"):
+    if path.parent.name.startswith(".step-000005") and path.name.startswith("optimizer"):
         path.write_bytes(b"half a file")
         os.kill(os.getpid(), signal.SIGKILL)
     write(path, *args, **kwargs)
@@ -200,13 +206,14 @@ def wait_for(process, done, seconds=120):
 def test_sigkill_at_any_moment_then_resume_ends_with_the_same_weights(write_config, tmp_path, run):
     """Killed three times: after the first checkpoint, while a checkpoint is being written, and
     after some more steps."""
+    options = {"train__steps": 16, "checkpoint__every": 1, "adapter__dropout": 0.1}
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        _, whole = run(run__name="whole", train__steps=30, checkpoint__every=1)
+        _, whole = run(run__name="whole", **options)
     finally:
         torch.set_num_threads(threads)
-    path, keys = write_config(run__name="killed", train__steps=30, checkpoint__every=1)
+    path, keys = write_config(run__name="killed", **options)
     folder = tmp_path / "runs" / "killed" / "checkpoints"
 
     def newest():
@@ -219,16 +226,16 @@ def test_sigkill_at_any_moment_then_resume_ends_with_the_same_weights(write_conf
         output, _ = process.communicate()
         assert process.returncode == -signal.SIGKILL, output
 
-    kill(start(path, keys), lambda: newest() >= 3)
-    assert 3 <= newest() < 8
-    process = start(path, keys, "--resume", "latest", program=("-c", DIES_WRITING_STEP_8))
+    kill(start(path, keys), lambda: newest() >= 2)
+    assert 2 <= newest() < 5
+    process = start(path, keys, "--resume", "latest", program=("-c", DIES_WRITING_STEP_5))
     output, _ = process.communicate()
     assert process.returncode == -signal.SIGKILL, output
-    (left,) = folder.glob(".step-000008.tmp-*")
+    (left,) = folder.glob(".step-000005.tmp-*")
     assert (left / "optimizer.safetensors").read_bytes() == b"half a file"
-    assert (left / "trainable.safetensors").is_file() and newest() == 7
-    kill(start(path, keys, "--resume", "latest"), lambda: newest() >= 18)
-    assert 18 <= newest() < 30 and not left.exists()
+    assert (left / "trainable.safetensors").is_file() and newest() == 4
+    kill(start(path, keys, "--resume", "latest"), lambda: newest() >= 8)
+    assert 8 <= newest() < 16 and not left.exists()
     process = start(path, keys, "--resume", "latest")
     output, _ = process.communicate()
     assert process.returncode == 0, output

@@ -266,6 +266,7 @@ def test_missing_compilers_are_problems_where_they_are_needed(
         assert missing["kernels"].startswith("nvrtc: NVRTC cannot be used (")
 
 
+@pytest.mark.slow
 def test_the_tree_as_it_is_has_launches_for_all_its_kernels() -> None:
     """In a process that does not interpret them; the first row needs no compilation."""
     show = "import json; from benchmarks.static import codegen; print(json.dumps(next(codegen.rows())))"

@@ -174,6 +174,7 @@ def two_blocks(choice: Any) -> Iterator[tuple[Config, Path]]:
         yield replace(case.config, adapter=adapter, memory=memory), case.folder
 
 
+@pytest.mark.slow
 def test_a_step_with_compiled_blocks_multiplies_products_by_what_runs() -> None:
     with two_blocks("recompute") as (config, folder):
         plain, fused = rows_of("two", config, folder, ("recompute",))

@@ -72,6 +72,7 @@ def test_sums_and_multiples() -> None:
     assert one.times(3) == one + one + one
 
 
+@pytest.mark.slow
 def test_flux_has_the_flops_of_the_arithmetic() -> None:
     """74.4 TFLOP a forward at 4096 + 512 tokens: 59.5 in linear layers, 14.9 in attention."""
     config = config_named("flux-lora-32gb")
@@ -117,7 +118,6 @@ def test_a_planted_copy_and_a_planted_upcast_change_the_rows(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     before = rows_with()
-    assert rows_with() == before
 
     def copying(c: Any, t: Any) -> Any:
         return TRANSFORMER.forward(c, {**t, "x": t["x"].clone()})

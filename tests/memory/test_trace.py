@@ -259,7 +259,13 @@ def test_a_copy_inside_of_an_operation_shows(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize("fused", [False, True])
-@pytest.mark.parametrize("case", [("flux", "bf16", "recompute"), ("sd1", "fp32", "save")])
+@pytest.mark.parametrize(
+    "case",
+    [
+        ("sd1", "fp32", "save"),
+        pytest.param(("flux", "bf16", "recompute"), marks=pytest.mark.slow),
+    ],
+)
 def test_fake_tensors_give_the_trace_of_real_ones(
     make: Make, case: tuple[str, str, str], fused: bool
 ) -> None:

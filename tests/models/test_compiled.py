@@ -84,6 +84,7 @@ def test_more_buckets_than_torch_keeps_graphs_of_a_function(in_a_thread: bool) -
     assert len(found) == 2 * len(BUCKETS) and all(map(torch.equal, first, second))
 
 
+@pytest.mark.slow
 def test_without_code_of_their_own_the_ninth_graph_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     """What `_own_code` is for. With fullgraph=True torch raises there, it does not run eagerly."""
     monkeypatch.setattr(compiled, "_own_code", lambda function, name: function)

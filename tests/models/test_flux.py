@@ -229,6 +229,7 @@ def test_table_made_while_sampling_serves_training() -> None:
     assert len(model._rope_tables) == 1
 
 
+@pytest.mark.slow
 def test_compiles_without_graph_breaks() -> None:
     torch.compiler.reset()
     model = tiny_flux()

@@ -67,7 +67,13 @@ def test_parameter_count_is_that_of_the_released_checkpoint(name: str) -> None:
     assert sum(p.numel() for p in denoiser.parameters()) == MODEL_CASES[name][1]
 
 
-@pytest.mark.parametrize("name", ["flux-dev", "sdxl", "sd15", "sd21"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "sd15",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("flux-dev", "sdxl", "sd21")),
+    ],
+)
 def test_forward_and_backward_at_full_size_in_bf16(name: str, fake_mode: FakeTensorMode) -> None:
     denoiser = fake_denoiser(name, torch.bfloat16)
     set_recompute(denoiser, False)

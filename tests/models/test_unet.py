@@ -245,6 +245,7 @@ def test_recomputation_gives_identical_gradients_and_keeps_less() -> None:
     assert kept[1] < 0.4 * kept[0]
 
 
+@pytest.mark.slow
 def test_compiles_without_graph_breaks() -> None:
     torch.compiler.reset()
     model = tiny_unet(TINY)
