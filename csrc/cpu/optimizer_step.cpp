@@ -7,10 +7,10 @@
 //   bf16 weights, float32 state, float32 average   2 + 30 = 32
 //   bf16 weights, 8-bit state, bf16 average        2 + 14 = 16 (scales: 1/16 more)
 //
-// Measured on one core of a two-core EPYC (Zen 3, AVX2) with other load on the machine, on tiles in the cache:
-// 0.5 ns a weight with float32, 1.3 with bf16 weights, and 3.5 with 8-bit state and a bf16 average beside, which
-// arithmetic limits: of the parts by themselves each quantization takes 0.6, each widening of codes 0.5, Philox 0.4,
-// AdamW 0.4 and each rounding to bf16 0.25.
+// Measured on one core of a two-core EPYC (Zen 3, AVX2) with other load on the machine, on tiles in the cache,
+// the smallest: 0.5 ns a weight with float32, 1.3 with bf16 weights, and 2.8 with 8-bit state and a bf16 average
+// beside, which loads and the divider limit: codes are read in 0.55, with moments and roots beside; quotients of all
+// kinds take 0.55, each look-up of codes 0.3, Philox 0.4 and rounding with the average 0.35.
 //
 // Threads take chunks of 64 tiles in turns. No result depends on which thread took what or on the number
 // of threads: elements are independent, random bits are a function of the place, and the norm is summed over chunks.
