@@ -14,7 +14,7 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-SOURCES = ("csrc/cpu/optimizer_step.cpp", "csrc/cpu/tile.h")
+SOURCES = ("csrc/cpu/optimizer_step.cpp", "csrc/cpu/tile.h", "csrc/cpu/moments_8bit.h")
 
 # Without contraction, sums come out the same for all compilers. The other two are about errno and floating
 # point exceptions, which nobody reads, and without them roots and selections are vectorised.

@@ -2,9 +2,10 @@
 // guard: optimizer_step.cpp includes this once for each instruction set, in a namespace of its own, with
 // FMA(a, b, c) = a b + c, rounded once where there is such an instruction.
 //
-// All arithmetic is in float32 on tiles that stay in the first-level cache. float32 tensors are worked on
-// where they are; others are widened into a buffer, and rounded or quantized out of it. So the loops are
-// one for each type, and not one for each combination of types. Rounding and average go piece by piece.
+// All arithmetic is in float32 on a quarter of a tile, whose buffers leave room for tables and what is
+// fetched in the first-level cache. float32 tensors are worked on where they are; others are widened into a
+// buffer, and rounded or quantized out of it. So the loops are one for each type, and not one for each
+// combination of types. Rounding and average go piece by piece.
 //
 // Operations come in the order of the PyTorch path (optimizer_step.py), and contraction is off, so that
 // both agree to the last bit or two. The random numbers are the same.
@@ -64,15 +65,17 @@ INLINE void round_bf16(float* x, uint16_t* to) {
   }
 }
 
+// What 16 random bits are added to. Of infinity the lower half is zeros, and nothing carries; NaN becomes one
+// whose lower half is. Selecting before the sum spares vectors of 32 bits a detour over 16.
+inline uint32_t before_rounding(float x) { return x == x ? as_bits(x) : 0x7fc00000; }
+
 // Up with the probability of the part that is cut off; the random bits are a half of `words`.
 template <bool HIGH>
 INLINE void round_bf16_stochastic(float* x, uint16_t* to, const uint32_t* words) {
   for (int i = 0; i < PIECE; ++i) {
-    const uint32_t bits = as_bits(x[i]);  // of infinity the lower half is zeros, and nothing carries
-    const uint32_t sum = bits + (HIGH ? words[i] >> 16 : words[i] & 0xffff);
-    const uint32_t rounded = x[i] == x[i] ? sum & 0xffff0000 : 0x7fc00000;
-    to[i] = uint16_t(rounded >> 16);
-    x[i] = as_float(rounded);
+    const uint32_t sum = before_rounding(x[i]) + (HIGH ? words[i] >> 16 : words[i] & 0xffff);
+    to[i] = uint16_t(sum >> 16);
+    x[i] = as_float(sum & 0xffff0000);
   }
 }
 
@@ -82,9 +85,9 @@ void round_fp16(float* x, uint16_t* to) {
 }
 
 void widen(const void* from, int dtype, float* to) {
-  if (dtype == FLOAT32) std::memcpy(to, from, BLOCK * sizeof(float));
-  if (dtype == BFLOAT16) widen_bf16<BLOCK>(static_cast<const uint16_t*>(from), to);
-  if (dtype == FLOAT16) widen_fp16<BLOCK>(static_cast<const uint16_t*>(from), to);
+  if (dtype == FLOAT32) std::memcpy(to, from, QUANTUM * sizeof(float));
+  if (dtype == BFLOAT16) widen_bf16<QUANTUM>(static_cast<const uint16_t*>(from), to);
+  if (dtype == FLOAT16) widen_fp16<QUANTUM>(static_cast<const uint16_t*>(from), to);
 }
 
 // -- random bits: arena.py --------------------------------------------------------------------------
@@ -132,38 +135,15 @@ void random_words(uint64_t seed, uint32_t stream, int64_t tile, uint32_t* words)
   }
 }
 
-// -- 8-bit state ------------------------------------------------------------------------------------
-
-void dequantize(const uint8_t* codes, const float* absmax, const float* values, float* to) {
-  for (int q = 0; q < BLOCK / QUANTUM; ++q)
-    for (int i = q * QUANTUM; i < (q + 1) * QUANTUM; ++i) to[i] = values[codes[i]] * absmax[q];
-}
-
-void quantize(const float* x, uint8_t* __restrict codes, float* absmax, const Codebook& book) {
-  for (int q = 0; q < BLOCK / QUANTUM; ++q, x += QUANTUM, codes += QUANTUM) {
-    int32_t largest = 0;  // as bits, in which NaN is larger than all else
-    for (int i = 0; i < QUANTUM; ++i)
-      largest = std::max(largest, int32_t(as_bits(x[i]) & 0x7fffffff));
-    absmax[q] = as_float(uint32_t(largest));
-    const float divisor = as_float(std::max(uint32_t(largest), SMALLEST_NORMAL));
-    alignas(64) uint32_t bucket[QUANTUM], rest[QUANTUM];
-    for (int i = 0; i < QUANTUM; ++i) {
-      const uint32_t bits = as_bits(x[i] / divisor), negative = uint32_t(int32_t(bits) >> 31);
-      const int32_t size = std::min(std::max(int32_t(bits & 0x7fffffff), FIRST_BUCKET), ONE);
-      bucket[i] = (uint32_t(size - FIRST_BUCKET) >> 16) + (negative & NUM_BUCKETS);
-      rest[i] = (uint32_t(size) ^ negative) & 0xffff;
-    }
-#pragma GCC unroll 8
-    for (int i = 0; i < QUANTUM; ++i) codes[i] = uint8_t((book.buckets[bucket[i]] + rest[i]) >> 16);
-  }
-}
+#include "moments_8bit.h"
 
 // -- the update -------------------------------------------------------------------------------------
 
+template <int COUNT>
 void adamw(float* __restrict w, const float* __restrict grad, float* __restrict m,
            float* __restrict v, const Numbers& numbers) {
   const Numbers n = numbers;  // in registers: no store can change a copy
-  for (int i = 0; i < BLOCK; ++i) {
+  for (int i = 0; i < COUNT; ++i) {
     const float g = grad[i] * n.factor;
     const float new_m = FMA(g, n.m_share, m[i] * n.beta1);
     const float new_v = FMA(n.v_share * g, g, v[i] * n.beta2);
@@ -182,91 +162,95 @@ INLINE void lerp(float* average, const float* w, float share) {
     for (int i = 0; i < PIECE; ++i) average[i] = FMA(share - 1, w[i] - average[i], w[i]);
 }
 
-// The elements of a tensor that belong to a tile, in float32, and zeros: where they are, if they are a
-// whole tile of float32, and else in `buffer`.
-float* tile_of(void* from, int dtype, int64_t count, float* buffer) {
-  if (count == BLOCK && dtype == FLOAT32) return static_cast<float*>(from);
-  if (count == BLOCK) {
+// Both to bf16, for the commonest case.
+template <bool NEAR>
+void round_and_average(const float* __restrict w, uint16_t* __restrict to, uint16_t* __restrict average,
+                       const uint32_t* __restrict words, float share) {
+  for (int i = 0; i < QUANTUM; ++i) {
+    const uint32_t sum = before_rounding(w[i]) + (words[i] & 0xffff);
+    to[i] = uint16_t(sum >> 16);
+    const float weight = as_float(sum & 0xffff0000), old = as_float(uint32_t(average[i]) << 16);
+    const float x = NEAR ? FMA(share, weight - old, old) : FMA(share - 1, weight - old, weight);
+    average[i] = uint16_t((before_rounding(x) + (words[i] >> 16)) >> 16);
+  }
+}
+
+// The elements of a tensor that belong to a quarter of a tile, in float32, and zeros: where they are, if all are
+// float32, and else in `buffer`.
+float* quarter_of(void* from, int dtype, int64_t count, float* buffer) {
+  if (count == QUANTUM && dtype == FLOAT32) return static_cast<float*>(from);
+  if (count == QUANTUM) {
     widen(from, dtype, buffer);
     return buffer;
   }
-  alignas(64) char part[BLOCK * sizeof(float)] = {};
+  alignas(64) char part[QUANTUM * sizeof(float)] = {};
   std::memcpy(part, from, count * size_of(dtype));
   widen(part, dtype, buffer);
   return buffer;
 }
 
-// The tile that follows into the second-level cache: 64 bytes at a time.
-void prefetch_next(const void* tile, int dtype) {
-  const int bytes = BLOCK * size_of(dtype);
-  for (int i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(tile) + bytes + i, 0, 2);
+// What lies a tile further, into the second-level cache, 64 bytes at a time.
+void prefetch_next(const void* quarter, int dtype) {
+  const char* from = static_cast<const char*>(quarter) + BLOCK * size_of(dtype);
+  for (int i = 0; i < QUANTUM * size_of(dtype); i += 64) __builtin_prefetch(from + i, 0, 2);
 }
 
-void step_tile(const Step& s, int64_t tensor, int64_t begin, const Numbers& n) {
-  alignas(64) float w_buffer[BLOCK], g_buffer[BLOCK], m_buffer[BLOCK], v_buffer[BLOCK];
-  alignas(64) uint32_t words[BLOCK];
-  alignas(64) uint16_t part[BLOCK];
+// `begin`: in the tensor. `words`: of its elements, and others for state.
+void step_quarter(const Step& s, int64_t tensor, int64_t begin, const Numbers& n, const uint32_t* words,
+                  const uint32_t* state_words) {
+  alignas(64) float w_buffer[QUANTUM], g_buffer[QUANTUM], m_buffer[QUANTUM], v_buffer[QUANTUM];
+  alignas(64) uint16_t part[QUANTUM];
   const int dtype = s.weight_dtypes[tensor], grad_dtype = s.grad_dtypes[tensor];
-  const int64_t at = s.offsets[tensor] + begin, tile = at / BLOCK;
-  const int64_t count = std::min<int64_t>(BLOCK, s.sizes[tensor] - begin);
+  const int64_t at = s.offsets[tensor] + begin;
+  const int64_t count = std::max<int64_t>(0, std::min<int64_t>(QUANTUM, s.sizes[tensor] - begin));
   char* weight = static_cast<char*>(s.weights[tensor]) + begin * size_of(dtype);
   char* grad = static_cast<char*>(s.grads[tensor]) + begin * size_of(grad_dtype);
-
-  const int64_t state_at = at * size_of(s.state_dtype);
-  if (dtype != FLOAT32 || s.state_dtype != FLOAT32) {
-    // Between reading a tile and writing it there is time in which nothing is fetched: with bf16 weights a
-    // tenth of the step. float32 needs none, and was 12 % slower with it.
-    prefetch_next(weight, dtype);
-    prefetch_next(grad, grad_dtype);
-    prefetch_next(static_cast<char*>(s.m) + state_at, s.state_dtype);
-    prefetch_next(static_cast<char*>(s.v) + state_at, s.state_dtype);
-    if (s.ema != nullptr)
-      prefetch_next(static_cast<char*>(s.ema) + at * size_of(s.ema_dtype), s.ema_dtype);
-  }
-
-  float* w = tile_of(weight, dtype, count, w_buffer);
-  const float* g = tile_of(grad, grad_dtype, count, g_buffer);
-  float *m = m_buffer, *v = v_buffer;
-  float *m_absmax = s.m_absmax + at / QUANTUM, *v_absmax = s.v_absmax + at / QUANTUM;
-  uint8_t *m_codes = static_cast<uint8_t*>(s.m) + at, *v_codes = static_cast<uint8_t*>(s.v) + at;
-  uint16_t *m_bf16 = static_cast<uint16_t*>(s.m) + at, *v_bf16 = static_cast<uint16_t*>(s.v) + at;
-  if (s.state_dtype == FLOAT32) {
-    m = static_cast<float*>(s.m) + at;
-    v = static_cast<float*>(s.v) + at;
-  } else if (s.state_dtype == BFLOAT16) {
-    widen_bf16<BLOCK>(m_bf16, m);
-    widen_bf16<BLOCK>(v_bf16, v);
-  } else {
-    dequantize(m_codes, m_absmax, s.m_map, m);
-    dequantize(v_codes, v_absmax, s.v_map, v);
-  }
   uint16_t* compensation = s.compensation == nullptr ? nullptr : s.compensation + at;
-  if (compensation != nullptr) {
-    if (w != w_buffer) std::memcpy(w_buffer, w, sizeof w_buffer);
-    w = w_buffer;
-    for (int i = 0; i < BLOCK; ++i) w[i] += as_float(uint32_t(compensation[i]) << 16);
-  }
 
-  adamw(w, g, m, v, n);
-
-  if (s.state_dtype == BFLOAT16) {
-    random_words(n.seed, 1, tile, words);
-    for (int i = 0; i < BLOCK; i += PIECE) {
-      round_bf16_stochastic<true>(m + i, m_bf16 + i, words + i);
-      round_bf16_stochastic<false>(v + i, v_bf16 + i, words + i);
+  prefetch_next(weight, dtype);
+  prefetch_next(grad, grad_dtype);
+  float *w = w_buffer, *m = m_buffer, *v = v_buffer;
+  uint16_t *m_bf16 = static_cast<uint16_t*>(s.m) + at, *v_bf16 = static_cast<uint16_t*>(s.v) + at;
+  uint8_t *m_codes = static_cast<uint8_t*>(s.m) + at, *v_codes = static_cast<uint8_t*>(s.v) + at;
+  float *m_absmax = s.m_absmax + at / QUANTUM, *v_absmax = s.v_absmax + at / QUANTUM;
+  const bool whole = count == QUANTUM && compensation == nullptr;
+  if (s.state_dtype == UINT8 && whole && dtype == BFLOAT16 && grad_dtype == BFLOAT16) {
+    adamw_8bit(w, reinterpret_cast<uint16_t*>(weight), reinterpret_cast<uint16_t*>(grad), m_codes, v_codes,
+               m_absmax, v_absmax, s, n);
+  } else {
+    w = quarter_of(weight, dtype, count, w_buffer);
+    const float* g = quarter_of(grad, grad_dtype, count, g_buffer);
+    if (compensation != nullptr) {
+      if (w != w_buffer) std::memcpy(w_buffer, w, sizeof w_buffer);
+      w = w_buffer;
+      for (int i = 0; i < QUANTUM; ++i) w[i] += as_float(uint32_t(compensation[i]) << 16);
     }
-  } else if (s.state_dtype == UINT8) {
-    quantize(m, m_codes, m_absmax, *n.m_book);
-    quantize(v, v_codes, v_absmax, *n.v_book);
+    if (s.state_dtype == FLOAT32) {
+      m = static_cast<float*>(s.m) + at;
+      v = static_cast<float*>(s.v) + at;
+    } else if (s.state_dtype == BFLOAT16) {
+      widen_bf16<QUANTUM>(m_bf16, m);
+      widen_bf16<QUANTUM>(v_bf16, v);
+    }
+    if (s.state_dtype == UINT8) adamw_8bit<float>(w, w, g, m_codes, v_codes, m_absmax, v_absmax, s, n);
+    else adamw<QUANTUM>(w, g, m, v, n);
+    for (int i = 0; s.state_dtype == BFLOAT16 && i < QUANTUM; i += PIECE) {
+      round_bf16_stochastic<true>(m + i, m_bf16 + i, state_words + i);
+      round_bf16_stochastic<false>(v + i, v_bf16 + i, state_words + i);
+    }
   }
-  const bool stochastic = s.rounding == STOCHASTIC && dtype == BFLOAT16;
-  if (stochastic || (s.ema != nullptr && s.ema_dtype == BFLOAT16))
-    random_words(n.seed, 0, tile, words);
+  prefetch_next(static_cast<char*>(s.m) + at * size_of(s.state_dtype), s.state_dtype);
+  prefetch_next(static_cast<char*>(s.v) + at * size_of(s.state_dtype), s.state_dtype);
+  if (s.ema != nullptr) prefetch_next(static_cast<char*>(s.ema) + at * size_of(s.ema_dtype), s.ema_dtype);
 
-  uint16_t* to = count == BLOCK ? reinterpret_cast<uint16_t*>(weight) : part;
+  const bool stochastic = s.rounding == STOCHASTIC && dtype == BFLOAT16;
+  uint16_t* to = count == QUANTUM ? reinterpret_cast<uint16_t*>(weight) : part;
   float* average = static_cast<float*>(s.ema) + at;
   uint16_t* average_bf16 = static_cast<uint16_t*>(s.ema) + at;
-  for (int i = 0; i < BLOCK; i += PIECE) {
+  const bool both = stochastic && s.ema != nullptr && s.ema_dtype == BFLOAT16;
+  if (both && std::fabs(n.ema_share) < 0.5f) round_and_average<true>(w, to, average_bf16, words, n.ema_share);
+  else if (both) round_and_average<false>(w, to, average_bf16, words, n.ema_share);
+  for (int i = 0; !both && i < QUANTUM; i += PIECE) {
     alignas(64) float exact[PIECE], wide[PIECE];
     if (compensation != nullptr) std::memcpy(exact, w + i, sizeof exact);
     if (dtype == FLOAT16) round_fp16(w + i, to + i);
@@ -286,10 +270,31 @@ void step_tile(const Step& s, int64_t tensor, int64_t begin, const Numbers& n) {
     }
   }
   if (dtype != FLOAT32) {
-    if (count < BLOCK) std::memcpy(weight, part, count * 2);
+    if (count < QUANTUM) std::memcpy(weight, part, count * 2);
   } else if (reinterpret_cast<char*>(w) != weight) {
     std::memcpy(weight, w, count * sizeof(float));
   }
+}
+
+void step_tile(const Step& s, int64_t tensor, int64_t begin, const Numbers& n) {
+  const int64_t at = s.offsets[tensor] + begin;
+  const bool floats = s.weight_dtypes[tensor] == FLOAT32 && s.grad_dtypes[tensor] == FLOAT32 &&
+                      s.state_dtype == FLOAT32 && (s.ema == nullptr || s.ema_dtype == FLOAT32);
+  if (floats && s.compensation == nullptr && begin + BLOCK <= s.sizes[tensor]) {
+    // Nothing is buffered, and in quarters or with prefetches it takes a tenth longer.
+    float* w = static_cast<float*>(s.weights[tensor]) + begin;
+    adamw<BLOCK>(w, static_cast<const float*>(s.grads[tensor]) + begin, static_cast<float*>(s.m) + at,
+                 static_cast<float*>(s.v) + at, n);
+    for (int i = 0; s.ema != nullptr && i < BLOCK; i += PIECE)
+      lerp(static_cast<float*>(s.ema) + at + i, w + i, n.ema_share);
+    return;
+  }
+  alignas(64) uint32_t words[BLOCK], state_words[BLOCK];
+  const bool stochastic = s.rounding == STOCHASTIC && s.weight_dtypes[tensor] == BFLOAT16;
+  if (s.state_dtype == BFLOAT16) random_words(n.seed, 1, at / BLOCK, state_words);
+  if (stochastic || (s.ema != nullptr && s.ema_dtype == BFLOAT16)) random_words(n.seed, 0, at / BLOCK, words);
+  for (int i = 0; i < BLOCK; i += QUANTUM)
+    step_quarter(s, tensor, begin + i, n, words + i, state_words + i);
 }
 
 // -- the norm ---------------------------------------------------------------------------------------
@@ -298,11 +303,12 @@ void step_tile(const Step& s, int64_t tensor, int64_t begin, const Numbers& n) {
 // the result does not depend on it.
 double sum_of_squares(const void* from, int dtype, int64_t count) {
   double sums[LANES] = {};
-  alignas(64) float buffer[BLOCK];
+  alignas(64) float buffer[QUANTUM];
   const char* data = static_cast<const char*>(from);
-  for (int64_t begin = 0; begin < count; begin += BLOCK, data += BLOCK * size_of(dtype)) {
-    const float* x = tile_of(const_cast<char*>(data), dtype, std::min<int64_t>(BLOCK, count - begin), buffer);
-    for (int i = 0; i < BLOCK; i += LANES)
+  for (int64_t begin = 0; begin < count; begin += QUANTUM, data += QUANTUM * size_of(dtype)) {
+    const int64_t length = std::min<int64_t>(QUANTUM, count - begin);
+    const float* x = quarter_of(const_cast<char*>(data), dtype, length, buffer);
+    for (int i = 0; i < QUANTUM; i += LANES)
       for (int lane = 0; lane < LANES; ++lane) sums[lane] += double(x[i + lane]) * double(x[i + lane]);
   }
   return sum_pairwise(sums, LANES);

@@ -35,7 +35,8 @@ def test_library_is_built_where_there_is_a_compiler() -> None:
     if not COMPILERS:
         pytest.skip("no C++ compiler, and so no library")
     assert cpu_library.available(), f"{cpu_library.reason()}; {COMPILERS} are there"
-    sources = (ROOT / "csrc" / "cpu" / name for name in ("optimizer_step.cpp", "tile.h"))
+    names = ("optimizer_step.cpp", "tile.h", "moments_8bit.h")
+    sources = (ROOT / "csrc" / "cpu" / name for name in names)
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
     assert cpu_library.sources() == digest, "older than csrc/cpu: pip install -e . again"
 
