@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 import weakref
 
 import pytest
@@ -156,35 +157,43 @@ def test_another_model_is_refused_with_names(tmp_path):
 
 
 def test_sigkill_while_writing_never_leaves_half_a_checkpoint(tmp_path):
-    """A process that writes checkpoints in a loop is killed at four moments; whatever is there under a
-    final name must be whole."""
+    """A process that writes checkpoints in a loop is killed at six moments; whatever is there under a
+    final name must be whole. It is a copy of one that has imported everything."""
     program = textwrap.dedent("""
-        import sys, torch
+        import os, sys, torch
         from pathlib import Path
         from fasttune.checkpoint import save_checkpoint, prune_checkpoints
-        root, start = Path(sys.argv[1]), int(sys.argv[2])
+        root = Path(sys.argv[1])
         torch.set_num_threads(1)
         groups = {"trainable": {"w": torch.randn(1 << 20)}, "optimizer": {"m": torch.randn(1 << 20)}}
-        print("ready", flush=True)
-        for step in range(start, start + 10000):
-            save_checkpoint(root, step, groups, {})
-            prune_checkpoints(root, 2)
+        for line in sys.stdin:
+            process = os.fork()
+            if process:
+                print(process, flush=True)
+                os.waitpid(process, 0)
+                print("ended", flush=True)
+                continue
+            for step in range(int(line), int(line) + 10000):
+                save_checkpoint(root, step, groups, {})
+                prune_checkpoints(root, 2)
     """)
     start = 1
-    for kill in range(4):
-        process = subprocess.Popen(
-            [sys.executable, "-c", program, str(tmp_path), str(start)], stdout=subprocess.PIPE
-        )
-        assert process.stdout.readline() == b"ready\n"
-        try:
-            process.wait(timeout=0.05 + 0.06 * kill)
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
-        process.wait()
-        process.stdout.close()
-        paths = list_checkpoints(tmp_path)
-        assert all(damage(path) is None for path in paths)
-        assert len(paths) <= 3
-        if paths:
-            start = json.loads((paths[-1] / "state.json").read_text())["step"] + 1
+    with subprocess.Popen(
+        [sys.executable, "-c", program, str(tmp_path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        bufsize=1,
+    ) as parent:
+        for kill in range(6):
+            parent.stdin.write(f"{start}\n")
+            process = int(parent.stdout.readline())
+            time.sleep(0.05 + 0.037 * kill)
+            os.kill(process, signal.SIGKILL)
+            assert parent.stdout.readline() == "ended\n"
+            paths = list_checkpoints(tmp_path)
+            assert all(damage(path) is None for path in paths)
+            assert len(paths) <= 3
+            if paths:
+                start = json.loads((paths[-1] / "state.json").read_text())["step"] + 1
     assert start > 1

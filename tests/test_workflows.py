@@ -56,6 +56,13 @@ def test_ci_runs_on_every_change() -> None:
         assert (ROOT / path).is_file(), path
 
 
+def test_what_ci_takes_from_a_lock_or_leaves_out_is_run_as_well() -> None:
+    jobs = WORKFLOWS["ci"]["jobs"]
+    commands = {name: jobs[name]["steps"][-1]["run"] for name in ("slow", "fresh")}
+    assert commands["slow"].endswith("-m slow") and commands["fresh"].endswith("--strict --fresh")
+    assert not any(jobs[name].get("continue-on-error") for name in commands)
+
+
 def test_newest_versions_block_nothing() -> None:
     newest = WORKFLOWS["ci"]["jobs"]["newest"]
     assert newest["continue-on-error"] is True
@@ -142,7 +149,7 @@ def test_commands_exist() -> None:
             words = shlex.split(line)
             if "bench" in words:
                 called.append(words[words.index("bench") + 1])
-    assert sorted(called) == ["ab", "static"]
+    assert sorted(called) == ["ab", "static", "static"]
     assert set(called) <= COMMANDS.keys()
     assert (ROOT / ".ci" / "run").is_file()
 
