@@ -139,7 +139,7 @@ def test_the_resolved_config_gives_the_same_run(run, tmp_path):
     "overrides",
     [
         DRAWS,
-        {"precision__compute": "fp16", "memory__activations": "recompute"},
+        DRAWS | {"precision__compute": "fp16", "memory__activations": "recompute"},
         {"precision__compute": "bf16", "precision__base": "bf16", "adapter__type": "none"},
         *(
             pytest.param(
