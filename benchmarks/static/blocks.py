@@ -11,7 +11,6 @@ channels_last. Of the fused block, by what its policy does with the tensors it k
   backward_peak_u    the most held in the backward beyond parameters and inputs: what was saved,
                      gradients of outputs, inputs and trained weights, temporaries. The outputs
                      are gone by then, unless saved, and so is their gradient once it is used.
-                     What a kernel allocates for itself is not seen.
   int8_u             all rounded to int8
   mixed_u            by the table in "mixed", which comes to 55 % of min_cut_u where saving all does not:
                      in a transformer of a U-Net one product is recomputed and two tensors rounded, in a

@@ -92,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
         raise FasttuneError("--reason is written into LOG.md together with the values: add --write")
     begin = time.perf_counter()
     installed, modules = installed_versions(), args.gate or list(GATES)
-    known = {} if args.fresh else recorded(modules, e.read(), installed)
+    known = {} if args.fresh else recorded(modules, e.read(), installed, writing=args.write)
     cache = None if args.fresh else CACHE
     outcomes = list(find(modules, jobs=args.jobs, cache=cache, known=known))
     problems = problems_of(outcomes)
@@ -127,10 +127,14 @@ def reasons_of(given: Sequence[str]) -> dict[str, str]:
 
 
 def recorded(
-    modules: Sequence[str], expectation: e.Expectation, installed: dict[str, str]
+    modules: Sequence[str],
+    expectation: e.Expectation,
+    installed: dict[str, str],
+    *,
+    writing: bool = False,
 ) -> dict[str, Outcome]:
     """What need not be counted: values that were written for the sources as they are."""
-    state, locked = sources.of_sources(), lock.read(lock.MODULES)
+    state, locked = sources.of_sources(), lock.read(lock.MODULES, writing=writing)
     sampled = LOCKED[int(state, 16) % len(LOCKED)]
     found = {}
     for module in {*modules} & {*LOCKED} - {sampled}:
@@ -332,7 +336,7 @@ def write(
 
 def lock_values(outcomes: Sequence[Outcome]) -> None:
     """Notes which sources the written values are of."""
-    modules = lock.read(lock.MODULES)
+    modules = lock.read(lock.MODULES, writing=True)
     for outcome in outcomes:
         if outcome.digests:
             lock.write(outcome.digests)

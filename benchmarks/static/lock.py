@@ -6,7 +6,8 @@ values in static.json. Where both are as they were, compiling again would give t
 `SAMPLE` is compiled all the same, others after each change of the file, so that a file which says what
 was never compiled is found out.
 
-expected/gates.lock is the same for the other gates that take minutes, with a digest of the whole tree.
+expected/gates.lock is the same for the other gates that take minutes, with a digest of all sources that
+gates run.
 """
 
 import hashlib
@@ -37,8 +38,9 @@ def digest(identity: str, values: Resources | e.Gates) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:20]
 
 
-def read(path: Path = LOCK) -> dict[str, str]:
-    """Case -> digest; nothing where there is no file. FasttuneError for what is no such file."""
+def read(path: Path = LOCK, *, writing: bool = False) -> dict[str, str]:
+    """Case -> digest; nothing where there is no file. FasttuneError for what is no such file, such as one
+    with a conflict, unless it is about to be written anew."""
     if not path.is_file():
         return {}
     lines = path.read_text(encoding="utf-8").splitlines()
@@ -48,6 +50,8 @@ def read(path: Path = LOCK) -> dict[str, str]:
         if line.startswith("#"):
             continue
         if len(value) != 20 or not case:
+            if writing:
+                return {}
             raise FasttuneError(
                 f"{path}:{number}: expected a digest and a case, found {line!r}; "
                 "`fasttune bench static --write` makes the file anew"

@@ -6,7 +6,7 @@ first step makes for all others is there before it. Of several micro-batches the
 finds gradients in place, so that the peak is there; costs are those of all.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -85,12 +85,12 @@ def rows_of(name: str, config: Config, folder: Path) -> Iterator[Row]:
     count = config.train.gradient_accumulation
     with rehearsed(config, folder) as rehearsal:
         warm_up(rehearsal)
-        first, others, update = CountCosts(), CountCosts(), CountCosts()
-        if count > 1:
-            with first:
+        *earlier, last, update = (CountCosts() for _ in range(min(count, 2) + 1))
+        for counted in earlier:
+            with counted:
                 rehearsal.micro_batch()
-        yield memory_row(name, rehearsal, (others, update))
-        costs = first.costs + others.costs.times(max(count - 1, 1)) + update.costs
+        yield memory_row(name, rehearsal, (last, update))
+        costs = _step_costs([*earlier, last], update, count)
         yield flops_row(name, rehearsal, costs)
         yield launches_row(name, costs)
 
@@ -139,12 +139,23 @@ def memory_row(
 
 
 def costs_of_a_step(rehearsal: Rehearsal, micro_batches: int) -> Costs:
-    """Of a step with so many micro-batches."""
-    with CountCosts() as first:
-        rehearsal.micro_batch()
-    with CountCosts() as last:
+    """Of a step with so many micro-batches, two at most of which are taken."""
+    for p in rehearsal.trained.parameters.values():
+        p.grad = None
+    counts = [CountCosts() for _ in range(min(micro_batches, 2))]
+    for counted in counts:
+        with counted:
+            rehearsal.micro_batch()
+    with CountCosts() as update:
         rehearsal.update()
-    return first.costs.times(micro_batches) + last.costs
+    return _step_costs(counts, update, micro_batches)
+
+
+def _step_costs(counts: Sequence[CountCosts], update: CountCosts, micro_batches: int) -> Costs:
+    """From the first micro-batch, the second if there are several, which as all others adds its gradients
+    to those in place, and the update."""
+    first, last = counts[0].costs, counts[-1].costs
+    return first + last.times(micro_batches - 1) + update.costs
 
 
 def flops_row(name: str, rehearsal: Rehearsal, costs: Costs) -> Row:

@@ -1,7 +1,7 @@
 // AdamW on 8-bit moments, a quarter of a tile at a time. Included by tile.h, for each instruction set.
 //
 // In vectors by name: of plain loops that read codes, compilers take four vectors of numbers for one of codes, which
-// registers do not hold (0.97 ns a weight for the update, with AVX2; this 0.77).
+// registers do not hold (0.97 ns a weight for the update, with AVX2; this 0.74).
 
 constexpr int N = WIDTH / 4;  // numbers in a vector
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch._library.custom_ops import OPDEFS
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.harness import ROOT
 from benchmarks.static import step
@@ -19,6 +20,7 @@ from fasttune.models.formulas import FORMULAS
 from fasttune.models.fused import unfuse
 from fasttune.models.unet import TransformerBlock
 from fasttune.models.unet_formulas import TRANSFORMER
+from fasttune.rehearsal import rehearse
 from fasttune_kernels import attention
 from fasttune_kernels.lora_linear import lora_linear_backward, lora_linear_forward
 
@@ -103,15 +105,31 @@ def test_flux_has_the_flops_of_the_arithmetic() -> None:
 def rows_with(
     monkeypatch: pytest.MonkeyPatch | None = None, **planted: Callable[..., Any]
 ) -> dict[str, Any]:
-    """The step's rows of a small U-Net, with something planted in the formula of its transformers."""
+    """The gate's rows of a small U-Net, with something planted in the formula of its transformers."""
     config = config_named("quickstart")
     (folder,) = [f for name, _, f in step.shipped_configs() if name == "quickstart"]
     if monkeypatch is not None:
         monkeypatch.setitem(FORMULAS, TransformerBlock, replace(TRANSFORMER, **planted))
-    with step.rehearsed(config, folder) as rehearsal:
-        costs = step.costs_of_a_step(rehearsal, 1)
-        flops = step.flops_row("x", rehearsal, costs)
-    return {**flops, **step.launches_row("x", costs)}
+    memory, flops, launches = step.rows_of("x", config, folder)
+    return {**memory, **flops, **launches}
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_the_rows_are_those_of_a_whole_step(count: int) -> None:
+    config = config_named("quickstart")
+    config = replace(config, train=replace(config.train, gradient_accumulation=count))
+    (folder,) = [f for name, _, f in step.shipped_configs() if name == "quickstart"]
+    _, flops, launches = step.rows_of("x", config, folder)
+    with FakeTensorMode():
+        whole = rehearse(config, folder, placement=step.gpu_placement(config), device_type="cuda")
+        whole.take_step()  # makes tables and the optimizer's state
+        with CountCosts() as counted:
+            whole.take_step()
+    expected = step.flops_row("x", whole, counted.costs)
+    assert flops["tflop"] == expected["tflop"] > 0
+    assert flops["moved_gib"] == pytest.approx(expected["moved_gib"], abs=2e-6)
+    # All but stacking the losses of the micro-batches and their sum.
+    assert launches["launches"] == counted.costs.launches.total() - 2
 
 
 def test_a_planted_copy_and_a_planted_upcast_change_the_rows(

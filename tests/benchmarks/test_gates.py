@@ -476,6 +476,12 @@ def test_all_but_one_are_as_recorded_where_no_source_changed(
     e.EXPECTED.write_text(expected.replace('"u": 1', '"u": 0'))
     assert len(locked(1)) == 4  # by hand
     e.EXPECTED.write_text(expected)
+    # Every change of a source changes all lines of the lock, which then is what branches conflict in.
+    lock.MODULES.write_text("<<<<<<< HEAD\n")
+    with pytest.raises(FasttuneError, match=r"gates.lock:1: .*--write"):
+        locked(1)
+    locked(1, "--write")
+    assert locked(1) == [sampled]
     monkeypatch.setattr(gates, "installed_versions", lambda: {**VERSIONS, "torch": "2.14.0"})
     assert len(locked(1)) == 4  # with other versions
 
@@ -490,7 +496,7 @@ def test_each_module_is_the_sample_of_some_states(monkeypatch: pytest.MonkeyPatc
             module: lock.digest(state, dict.fromkeys(gates.GATES[module], values))
             for module in gates.LOCKED
         }
-        monkeypatch.setattr(lock, "read", lambda path, digests=digests: digests)
+        monkeypatch.setattr(lock, "read", lambda path, digests=digests, **_: digests)
         monkeypatch.setattr(sources, "of_sources", lambda state=state: state)
         known = gates.recorded(list(gates.GATES), expectation, VERSIONS)
         drawn += {*gates.LOCKED} - {*known}
