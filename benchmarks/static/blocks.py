@@ -12,9 +12,8 @@ channels_last. Of the fused block, by what its policy does with the tensors it k
                      gradients of outputs, inputs and trained weights, temporaries. The outputs
                      are gone by then, unless saved, and so is their gradient once it is used.
   int8_u             all rounded to int8
-  mixed_u            by the table in "mixed", which comes to 55 % of min_cut_u where saving all does not:
-                     in a transformer of a U-Net one product is recomputed and two tensors rounded, in a
-                     Flux block the MLP's first product is recomputed
+  mixed_u            by the table in "mixed", nothing rounded: the MLP's first product is made again, and
+                     what is left is at most 55 % of min_cut_u, also where saving all is not
   recompute_u        none kept, all computed again
   ..._backward_peak_u of each
   tensors            what makes up saved_u: count, shape, dtype, u of each, operation
@@ -68,8 +67,7 @@ SMALL = 0.0005
 
 POLICIES = {"": Policy(), "int8": Policy("int8"), "recompute": Policy("recompute")}
 """Prefix of the columns -> what becomes of kept tensors."""
-MIXED = Policy(choices={"mlp": "int8", "qkv": "int8", "query": "recompute"})
-FLUX_MIXED = Policy(choices={"mlp": "recompute"})
+MIXED = Policy(choices={"mlp": "recompute"})
 
 Formulas = Mapping[type[layers.Block], Formula]
 
@@ -119,7 +117,7 @@ def _flux() -> Iterator[Kind]:
             vector,
             *tables,
         ),
-        mixed=FLUX_MIXED,
+        mixed=MIXED,
     )
     yield Kind(
         name="flux single",
@@ -127,7 +125,7 @@ def _flux() -> Iterator[Kind]:
         place="single_transformer_blocks",
         build=lambda: SingleBlock(width, heads),
         inputs=(Input((1, text + image, width), "always"), vector, *tables),
-        mixed=FLUX_MIXED,
+        mixed=MIXED,
     )
 
 

@@ -169,7 +169,9 @@ def find(
 def _run_module(module: str, cache: Path | None, jobs: int) -> Outcome:
     """From the cache if nothing changed that a number could depend on."""
     begin = time.perf_counter()
-    before, state = sources.of_machine(), sources.of_sources()
+    before = sources.of_machine()
+    # What an environment of its own may have changed is not of the sources alone.
+    state = "" if sources.of_environment() else sources.of_sources()
     kept = None if cache is None else cache / f"{module}-{before}.json"
     if kept is not None and kept.is_file():
         found = json.loads(kept.read_text(encoding="utf-8"))

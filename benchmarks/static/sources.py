@@ -10,6 +10,7 @@ from importlib.metadata import distributions
 
 from benchmarks.harness import ROOT
 from benchmarks.static import expected as e
+from fasttune import environment
 
 SOURCES = ("fasttune", "kernels", "csrc", "configs", "pyproject.toml")
 SOURCES += tuple(
@@ -44,11 +45,18 @@ def of_sources(kinds: Collection[str] = KINDS) -> str:
     return digest.hexdigest()
 
 
+def of_environment() -> dict[str, str]:
+    """Variables that say to torch and Triton what to compile, but for those that fasttune sets itself."""
+    inherited = os.environ  # noqa: TID251  # compilers read some of it
+    own = {*environment.CACHES, environment.AOTRITON}
+    return {
+        k: v for k, v in inherited.items() if k.startswith(("TORCH", "TRITON")) and k not in own
+    }
+
+
 def of_machine() -> str:
     """Of those files and what was built of them, and of all that they run on here."""
     packages = sorted(f"{d.name} {d.version}" for d in distributions())
-    inherited = os.environ  # noqa: TID251  # compilers read some of it
-    variables = {k: v for k, v in inherited.items() if k.startswith(("TORCH", "TRITON"))}
-    runs_on = [packages, variables, sys.version, platform.machine()]
+    runs_on = [packages, of_environment(), sys.version, platform.machine()]
     text = json.dumps([of_sources(KINDS | BUILT), runs_on])
     return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()

@@ -10,7 +10,8 @@
 // Measured on one core of a two-core EPYC (Zen 3, AVX2) with other load on the machine, on tiles in the cache,
 // the smallest: 0.5 ns a weight with float32, 1.3 with bf16 weights, and 2.8 with 8-bit state and a bf16 average
 // beside, which loads and the divider limit: codes are read in 0.55, with moments and roots beside; quotients of all
-// kinds take 0.55, each look-up of codes 0.3, Philox 0.4 and rounding with the average 0.35.
+// kinds take 0.55, each look-up of codes 0.3, Philox 0.4 and rounding with the average 0.35. The forms for AVX-512
+// and AArch64 are the same code for another instruction set; they have been compiled and not yet been run.
 //
 // Threads take chunks of 64 tiles in turns. No result depends on which thread took what or on the number
 // of threads: elements are independent, random bits are a function of the place, and the norm is summed over chunks.

@@ -50,6 +50,11 @@ def _clip_backward(dy: Tensor, kept: Kept) -> Tensor:
     return dy * (kept["clipped"].abs() < LARGEST) if "clipped" in kept else dy
 
 
+def _shape_alone(x: Tensor, width: int) -> Tensor:
+    """(B, N, width) for an operation that does not read the values."""
+    return x.new_empty(1).expand(*x.shape[:-1], width)
+
+
 # --- Single block: text and image tokens in one sequence, attention and MLP side by side
 
 
@@ -108,12 +113,13 @@ def single_backward(
     else:
         qkv = joint()
         out, lse = attention_forward(*_single_qk(c, t, qkv), mask)
-    mlp = kept["mlp"] if "mlp" in kept else c.project("mlp", t, normed())[0]
+    made = None if "mlp" in kept else c.project("mlp", t, normed())[0]
 
     projection = c.projections["out"]
-    hidden = mlp  # of the right shape, where the values do not matter
     if wants_gate or projection.keeps_input(c.wanted):
-        hidden = gelu_tanh_forward(mlp)
+        hidden = gelu_tanh_forward(kept["mlp"] if made is None else made)
+    else:
+        hidden = _shape_alone(x, len(t[f"{c.projections['mlp'].joint}.weight"]))
     z = c.project("out", t, out.flatten(2), hidden)[0] if wants_gate else None
     dz, dgate = gated_residual_backward(dstream, z, gate, wants_gate)
     del z
@@ -124,8 +130,9 @@ def single_backward(
     found |= g.parameters
     dout, dhidden = g.x, g.x2
     assert dout is not None and dhidden is not None
-    dmlp = gelu_tanh_backward(dhidden, mlp)
-    del g, dhidden, mlp
+    # Fetched anew: in int8, its bf16 form would have waited through the projection's backward.
+    dmlp = gelu_tanh_backward(dhidden, kept["mlp"] if made is None else made)
+    del g, dhidden, made
 
     qkv = joint() if qkv is None else qkv
     q, k, v = _single_qk(c, t, qkv)
@@ -338,11 +345,13 @@ def _leave_backward(
         assert z is not None
         stream = gated_residual_forward(t[f"x{s}"], z, gate)
 
-    if f"mlp{s}" in kept:
-        mlp = kept[f"mlp{s}"]
+    made = None
+    if f"mlp{s}" not in kept:
+        made = c.project(f"mlp{s}", t, _modulated(stream, mlp_scale, mlp_shift)[0])[0]
+    if wants or down.keeps_input(c.wanted):
+        hidden = gelu_tanh_forward(kept[f"mlp{s}"] if made is None else made)
     else:
-        mlp = c.project(f"mlp{s}", t, _modulated(stream, mlp_scale, mlp_shift)[0])[0]
-    hidden = gelu_tanh_forward(mlp) if wants or down.keeps_input(c.wanted) else mlp
+        hidden = _shape_alone(stream, len(t[f"{up.joint}.weight"]))
     z2 = c.project(f"down{s}", t, hidden)[0] if wants else None
     dz, dmlp_gate = gated_residual_backward(dstream, z2, mlp_gate, wants)
     del z2
@@ -350,8 +359,9 @@ def _leave_backward(
     del dz, hidden
     found |= g.parameters
     assert g.x is not None
-    dmlp = gelu_tanh_backward(g.x, mlp)
-    del g, mlp
+    # Fetched anew: in int8, its bf16 form would have waited through the projection's backward.
+    dmlp = gelu_tanh_backward(g.x, kept[f"mlp{s}"] if made is None else made)
+    del g, made
     y = stream
     if up.keeps_input(c.wanted):
         y = _modulated(stream, mlp_scale, mlp_shift)[0]

@@ -136,7 +136,9 @@ def small(family: str, activations: str, targets: str | None, ema: bool) -> Conf
 def allocators_peak(rehearsal: Rehearsal) -> tuple[int, int]:
     """(most that a step held beyond what was there before, what it left), from the profiler's record
     of the CPU allocator."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with profile(
+        activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True
+    ) as profiler:
         rehearsal.take_step()
     events = profiler.profiler.kineto_results.events()
     scratch = [(e.start_ns(), e.end_ns()) for e in events if e.name() in SCRATCH]
