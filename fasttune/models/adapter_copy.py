@@ -26,12 +26,18 @@ class AdapterCopy:
     autograd refuses the backward for those, which the blocks save as well.
     """
 
-    def __init__(self, master: Tensor, copy: Tensor) -> None:
+    def __init__(self, master: Tensor, copy: Tensor, parameters: Sequence[nn.Parameter]) -> None:
         self.master = master
         """What the parameters are views of."""
         self.copy = copy
+        self._parameters = parameters
 
     def __call__(self, module: nn.Module, args: Any) -> None:
+        place = self.master.untyped_storage()._cdata
+        if any(p.untyped_storage()._cdata != place for p in self._parameters):
+            raise RuntimeError(
+                "adapters have been moved since fuse(); call fuse() after to(), assignments and the like"
+            )
         self.refresh()
 
     def refresh(self) -> None:
@@ -74,7 +80,7 @@ def pack_adapters_(
         found[place][name] = copied[:size].view(-1, columns)
     if copy is master:
         return found, None
-    made = AdapterCopy(master, copy)
+    made = AdapterCopy(master, copy, [p for _, _, parts in joints for p in parts])
     made.refresh()  # for a block that is called on its own
     return found, made
 

@@ -142,7 +142,7 @@ def single_backward(
     weights = t["attn.norm_q.weight"], t["attn.norm_k.weight"]
     dqkv, _, dq_weight, dk_weight, _, _ = qk_norm_rope_backward(
         dq, dk, dv, heads, *weights, None, None, None, t["cos"], t["sin"], EPS,
-        "attn.norm_q.weight" in c.wanted,
+        c.wants("attn.norm_q.weight", "attn.norm_k.weight"),
     )  # fmt: skip
     del dq, dk, dv, heads, qkv
     found |= {"attn.norm_q.weight": dq_weight, "attn.norm_k.weight": dk_weight}
@@ -231,6 +231,7 @@ def double_forward(c: Context, t: Tensors) -> tuple[tuple[Tensor, ...], dict[str
     out, kept["lse"] = attention_forward(q, k, v, t.get("mask"))
     kept["attention"] = out
     num_text_tokens = t["x/text"].shape[1]
+    # Of one sample these are views; of several, products copy what they read of them.
     parts = {IMAGE: out[:, num_text_tokens:], TEXT: out[:, :num_text_tokens]}
     streams: dict[str, Tensor] = {}
     for s in (IMAGE, TEXT):
@@ -293,11 +294,11 @@ def double_backward(
     q, k, v = qk_norm_rope_forward(*packed)
     dq, dk, dv = attention_backward(dout.view_as(out), q, k, v, out, lse, mask)
     del dout, part, out, parts, q, k, v
-    wants_weights = "attn.norm_q.weight" in c.wanted
-    dqkv, dtext_qkv, *dweights = qk_norm_rope_backward(dq, dk, dv, *packed, wants_weights)
+    kinds = ("norm_q", "norm_k", "norm_added_q", "norm_added_k")
+    names = [f"attn.{kind}.weight" for kind in kinds]
+    dqkv, dtext_qkv, *dweights = qk_norm_rope_backward(dq, dk, dv, *packed, c.wants(*names))
     del dq, dk, dv, packed
-    names = ("norm_q", "norm_k", "norm_added_q", "norm_added_k")
-    found |= zip([f"attn.{name}.weight" for name in names], dweights, strict=True)
+    found |= zip(names, dweights, strict=True)
 
     dqkvs = {IMAGE: dqkv, TEXT: dtext_qkv}
     del dqkv, dtext_qkv

@@ -8,7 +8,7 @@ Why by hand: autograd keeps what each operation wants, and a compiler keeps what
 small operations costs least. Neither drops normed inputs, rotated queries or GELU's output, which are one
 pass over memory away from what is kept anyway. Selective checkpointing over the same operations drops
 them, but its backward has all of the block's forward alive at once (31 u for a Flux single block where
-this one has 20), and it cannot keep a tensor in int8.
+this one has 19), and it cannot keep a tensor in int8.
 
 Forward and backward are pure functions that run without gradients, so each is one graph to a compiler,
 with no partitioner between them: what is kept is decided here. The autograd function around them is all
@@ -45,6 +45,10 @@ class Context:
     """Inputs and parameters whose gradient is wanted."""
     training: bool
     """Whether adapters drop out."""
+
+    def wants(self, *names: str) -> bool:
+        """Whether the gradient of one of them is wanted, where an operation makes all or none."""
+        return not self.wanted.isdisjoint(names)
 
     def project(
         self, name: str, t: Tensors, x: Tensor, x2: Tensor | None = None

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import conv2d
+from torch.nn.functional import conv2d, conv_transpose2d
 
 from fasttune.memory.activations import Kept
 from fasttune.models.fused import Context, Formula, Tensors
@@ -128,7 +128,7 @@ def transformer_backward(
         norm = f"norm{number}"
         dx, _, _, found[f"{norm}.weight"], found[f"{norm}.bias"] = norm_modulate_backward(
             dy, x, kept[f"mean{number}"], kept[f"rstd{number}"], None, *_affine(t, norm), residual,
-            False, False, f"{norm}.weight" in c.wanted,
+            False, False, c.wants(f"{norm}.weight", f"{norm}.bias"),
         )  # fmt: skip
         return dx
 
@@ -223,26 +223,22 @@ def _conv(t: Tensors, name: str, x: Tensor) -> Tensor:
 
 
 def _conv_backward(
-    c: Context,
-    t: Tensors,
-    found: Found,
-    name: str,
-    dy: Tensor,
-    x: Callable[[], Tensor],
-    like: Tensor,
+    c: Context, t: Tensors, found: Found, name: str, dy: Tensor, x: Callable[[], Tensor]
 ) -> Tensor:
     """Gradient of the input of `_conv`; adds those of weight and bias to `found`. The input is made only
-    for the weight's gradient; `like` has its shape."""
+    where they are wanted: without, the gradient is the transposed convolution, which asks for no input
+    that would say its layout."""
     weight = t[f"{name}.weight"].to(dy.dtype)
-    wanted = f"{name}.weight" in c.wanted
-    given = x() if wanted else dy.new_empty(1).expand(like.shape)
-    padding = [(weight.shape[-1] - 1) // 2] * 2
-    dx, dweight, dbias = torch.ops.aten.convolution_backward(
-        dy, given, weight, [len(weight)], [1, 1], padding, [1, 1], False, [0, 0], 1,
-        [True, wanted, wanted],
+    padding = (weight.shape[-1] - 1) // 2
+    names = f"{name}.weight", f"{name}.bias"
+    wanted = [n in c.wanted for n in names]
+    if not any(wanted):
+        return conv_transpose2d(dy, weight, padding=padding)
+    dx, *gradients = torch.ops.aten.convolution_backward(
+        dy, x(), weight, [len(weight)], [1, 1], [padding] * 2, [1, 1], False, [0, 0], 1,
+        [True, *wanted],
     )  # fmt: skip
-    if wanted:
-        found |= {f"{name}.weight": dweight, f"{name}.bias": dbias}
+    found.update((n, g) for n, g, want in zip(names, gradients, wanted, strict=True) if want)
     return dx
 
 
@@ -285,22 +281,20 @@ def resnet_backward(
     groups = c.numbers["groups"]
     x, skip = t["x"], t.get("skip")
     hidden = kept["hidden"] if "hidden" in kept else _conv(t, "conv1", _first_norm(c, t)[0])
-    d = _conv_backward(c, t, found, "conv2", dy, lambda: _second_norm(c, t, hidden)[0], hidden)
+    d = _conv_backward(c, t, found, "conv2", dy, lambda: _second_norm(c, t, hidden)[0])
     d, _, dadd, found["norm2.weight"], found["norm2.bias"] = group_norm_silu_backward(
         d, hidden, None, *_affine(t, "norm2"), t["add"], kept["mean2"], kept["rstd2"], None, groups,
-        True, "norm2.weight" in c.wanted, "add" in c.wanted,
+        True, c.wants("norm2.weight", "norm2.bias"), "add" in c.wanted,
     )  # fmt: skip
     if "add" in c.wanted:
         found["add"] = dadd.to(x.dtype)
-    channels = x.shape[1] + (0 if skip is None else skip.shape[1])
-    like = x.new_empty(1).expand(x.shape[0], channels, *x.shape[2:])
-    d = _conv_backward(c, t, found, "conv1", d, lambda: _first_norm(c, t)[0], like)
+    d = _conv_backward(c, t, found, "conv1", d, lambda: _first_norm(c, t)[0])
     around = dy
     if c.numbers["has_shortcut"]:
-        around = _conv_backward(c, t, found, "conv_shortcut", dy, lambda: _joined(t), like)
+        around = _conv_backward(c, t, found, "conv_shortcut", dy, lambda: _joined(t))
     found["x"], dskip, _, found["norm1.weight"], found["norm1.bias"] = group_norm_silu_backward(
         d, x, skip, *_affine(t, "norm1"), None, kept["mean1"], kept["rstd1"], around, groups, True,
-        "norm1.weight" in c.wanted, False,
+        c.wants("norm1.weight", "norm1.bias"), False,
     )  # fmt: skip
     if skip is not None:
         found["skip"] = dskip

@@ -209,8 +209,9 @@ _STRIDE_NAMES = tuple(f"{x}_stride_{d}" for x in "qkv" for d in ("blh" if x == "
 _ALIGNED_STRIDES = tuple(name for name in _STRIDE_NAMES if not name.endswith("_h"))
 
 
-def _launches(kernel: str, width: int, target: str) -> list[Launch]:
-    pointers = {f"{t}_ptr": "*fp32" if t in ("lse", "delta") else "*bf16" for t in _TENSORS[kernel]}
+def _launches(kernel: str, width: int, target: str, *, masked: bool) -> list[Launch]:
+    types = {"lse": "*fp32", "delta": "*fp32", "mask": "*u8" if masked else "*bf16"}
+    pointers = {f"{t}_ptr": types.get(t, "*bf16") for t in _TENSORS[kernel]}
     last = ["batch_size", "queries_per_program"] if kernel == "dkdv" else []
     integers = ["num_queries", "num_keys", "num_heads", *last, *_STRIDE_NAMES]
     config = FlashConfig.from_heuristic(kernel=kernel, width=width, arch=target)
@@ -223,10 +224,10 @@ def _launches(kernel: str, width: int, target: str) -> list[Launch]:
         parts = {"dk": {"HAS_DK": True, "HAS_DV": False}, "dv": {"HAS_DK": False, "HAS_DV": True}}
     return [
         Launch(
-            name=f"flash_attention_{part} E={width} bf16",
+            name=f"flash_attention_{part} E={width}{' masked' if masked else ''} bf16",
             kernel=lambda: _KERNELS[kernel],
             signature={**pointers, **dict.fromkeys(integers, "i32"), "scale": "fp32"},
-            constants={**constants, **wanted, "HAS_MASK": False},
+            constants={**constants, **wanted, "HAS_MASK": masked},
             aligned=(*pointers, "num_queries", "num_keys", *_ALIGNED_STRIDES, *last[1:]),
             targets=(target,),
             matrix=True,
@@ -241,5 +242,6 @@ LAUNCHES = tuple(
     for kernel in _KERNELS
     for width in (64, 128)
     for target in RDNA
-    for launch in _launches(kernel, width, target)
+    for masked in (False, True)
+    for launch in _launches(kernel, width, target, masked=masked)
 )

@@ -136,9 +136,10 @@ def linear_kernel(
         else:
             first = first_column * 0
             last = first_column * 0
+            # Not sums of comparisons: of four, LLVM makes a mask that spills.
             for i in tl.static_range(len(SLICES) // 2):
-                first += tl.where(first_column >= SLICES[2 * i + 1], 1, 0)
-                last += tl.where(first_column + BLOCK_N > SLICES[2 * i], 1, 0)
+                first = tl.where(first_column >= SLICES[2 * i + 1], i + 1, first)
+                last = tl.where(first_column + BLOCK_N > SLICES[2 * i], i + 1, last)
         for step in tl.range(first * STEPS, last * STEPS, num_stages=1):
             target = step // STEPS
             rank = step % STEPS * BLOCK_R + tl.arange(0, BLOCK_R)

@@ -246,7 +246,7 @@ def _launch(
 
 _ANY = ("scale", "threshold", "M", "tiles")
 """Arguments that need not be divisible by 16."""
-_BF16, _F32, _I32 = "*bf16", "*fp32", "i32"
+_BF16, _F32, _I32, _I64 = "*bf16", "*fp32", "i32", "*i64"
 _LINEAR: dict[str, Any] = {
     "out_ptr": _BF16,
     **dict.fromkeys(("x_ptr", "x2_ptr", "weight_ptr", "bias_ptr", "low_ptr", "up_ptr"), None),
@@ -275,9 +275,18 @@ _FLUX_SLICES = (0, 3072, 3072, 6144, 6144, 9216, 9216, 21504)
 
 
 def _declared(target: str) -> list[Launch]:
-    """LoRA of rank 16 on all linear layers of Flux's single block: 4 targets that share their input,
-    and proj_out with its input in two buffers. 4096 image and 512 text tokens."""
-    rank, joint = 16, 64
+    """LoRA on all linear layers of Flux's single block: 4 targets that share their input, and proj_out
+    with its input in two buffers, of ranks 16 and 256, and of 16 with dropout. 4096 image and 512
+    text tokens."""
+    return [
+        *_of_rank(target, 16, dropout=False),
+        *_of_rank(target, 16, dropout=True),
+        *_of_rank(target, 256, dropout=False),
+    ]
+
+
+def _of_rank(target: str, rank: int, *, dropout: bool) -> list[Launch]:
+    joint = 4 * rank
     low, update = LinearConfig.of_low(joint, target), LinearConfig.of_update(target)
     gradient = GradientConfig.from_heuristic(target)
     rank_product: dict[str, Any] = {
@@ -286,51 +295,69 @@ def _declared(target: str) -> list[Launch]:
         "RANK": rank,
         "up_r_stride": 1,
     }
+    seed: dict[str, Any] = {"seed_ptr": _I64} if dropout else {}
+    end = f"{' dropout' if dropout else ''} bf16"
     made = []
 
-    def linear(
-        name: str, config: LinearConfig, rank: int, matrix: bool = True, **given: Any
-    ) -> None:
+    def linear(name: str, config: LinearConfig, rank: int, **given: Any) -> None:
         arguments = _LINEAR | config.constants(rank) | given
-        made.append(_launch(name, linear_kernel, arguments, config.options(), (target,), matrix))
+        made.append(_launch(f"{name}{end}", linear_kernel, arguments, config.options(), (target,)))
 
     linear(
-        "lora_linear_low R=64 bf16", low, 0,
-        x_ptr=_BF16, weight_ptr=_BF16, weight_k_stride=1,
+        f"lora_linear_low R={joint}", low, 0,
+        x_ptr=_BF16, weight_ptr=_BF16, weight_k_stride=1, DROPS_INPUT=dropout, **seed,
     )  # fmt: skip
     if target.startswith(_OWN_PRODUCT):
         product = LinearConfig.from_heuristic(4608, 3072, target)
         inputs: dict[str, Any] = {"x_ptr": _BF16, "weight_ptr": _BF16, "weight_k_stride": 1}
         inputs["bias_ptr"] = _BF16
-        linear(
-            "lora_linear_forward O=21504 in 4 slices r=16 bf16", product, rank,
-            **inputs | rank_product | {"SLICES": _FLUX_SLICES},
-        )  # fmt: skip
-        linear(
-            "lora_linear_forward two buffers r=16 bf16", product, rank,
-            **inputs | rank_product | {"x2_ptr": _BF16},
-        )  # fmt: skip
+        if not dropout:  # it is in `low` then
+            linear(
+                f"lora_linear_forward O=21504 in 4 slices r={rank}", product, rank,
+                **inputs | rank_product | {"SLICES": _FLUX_SLICES},
+            )  # fmt: skip
+            linear(
+                f"lora_linear_forward two buffers r={rank}", product, rank,
+                **inputs | rank_product | {"x2_ptr": _BF16},
+            )  # fmt: skip
         inputs = {"x_ptr": _BF16, "weight_ptr": _BF16, "weight_n_stride": 1, "residual_ptr": _BF16}
         linear(
-            "lora_linear_backward R=64 bf16", product, joint,
-            **inputs | {"low_ptr": _BF16, "up_ptr": _BF16, "up_n_stride": 1, "RANK": joint},
+            f"lora_linear_backward R={joint}", product, joint,
+            **inputs | {"low_ptr": _BF16, "up_ptr": _BF16, "up_n_stride": 1, "RANK": joint} | seed,
         )  # fmt: skip
     else:
+        if not dropout:
+            linear(
+                f"lora_linear_update O=21504 in 4 slices r={rank}", update, rank,
+                **rank_product | {"residual_ptr": _BF16, "SLICES": _FLUX_SLICES},
+            )  # fmt: skip
         linear(
-            "lora_linear_update O=21504 in 4 slices r=16 bf16", update, rank,
-            **rank_product | {"residual_ptr": _BF16, "SLICES": _FLUX_SLICES},
+            f"lora_linear_update R={joint}", update, joint,
+            low_ptr=_BF16, up_ptr=_BF16, up_n_stride=1, RANK=joint, residual_ptr=_BF16, **seed,
         )  # fmt: skip
-        linear(
-            "lora_linear_update R=64 bf16", update, joint,
-            low_ptr=_BF16, up_ptr=_BF16, up_n_stride=1, RANK=joint, residual_ptr=_BF16,
-        )  # fmt: skip
-    arguments = {"sums_ptr": _F32, "up_ptr": _BF16, "out_rank_stride": 1, "SLICES": _FLUX_SLICES}
-    arguments = _GRADIENT | gradient.constants(rank) | {"RANK": rank} | arguments
-    name = "lora_linear_gradient B and dlow O=21504 in 4 slices r=16 bf16"
-    made.append(_launch(name, gradient_kernel, arguments, gradient.options(), (target,)))
-    arguments = _GRADIENT | gradient.constants(joint) | {"RANK": joint, "out_column_stride": 1}
-    name = "lora_linear_gradient A R=64 bf16"
-    made.append(_launch(name, gradient_kernel, arguments, gradient.options(), (target,)))
+
+    def of_gradient(name: str, rank: int, **given: Any) -> None:
+        arguments = _GRADIENT | gradient.constants(rank) | {"RANK": rank} | given
+        made.append(
+            _launch(
+                f"lora_linear_gradient {name}{end}",
+                gradient_kernel,
+                arguments,
+                gradient.options(),
+                (target,),
+            )  # fmt: skip
+        )
+
+    of_gradient(f"A R={joint}", joint, out_column_stride=1, **seed)
+    if dropout:
+        return made
+    sums = {"sums_ptr": _F32, "up_ptr": _BF16} if rank <= MERGED_RANK else {}
+    of_gradient(
+        f"B{' and dlow' if sums else ''} O=21504 in 4 slices r={rank}", rank,
+        out_rank_stride=1, SLICES=_FLUX_SLICES, **sums,
+    )  # fmt: skip
+    if not sums:
+        return made
     arguments = {
         "dlow_ptr": _BF16,
         "sums_ptr": _F32,
@@ -342,7 +369,7 @@ def _declared(target: str) -> list[Launch]:
         "BLOCK_M": SUM_BLOCK,
         "BLOCK_R": rank,
     }
-    name = "lora_linear_sum O=21504 in 4 slices r=16 bf16"
+    name = f"lora_linear_sum O=21504 in 4 slices r={rank}{end}"
     made.append(_launch(name, sum_kernel, arguments, SUM_OPTIONS, (target,), matrix=False))
     return made
 

@@ -72,7 +72,7 @@ def _quantize(
     if ONE_BLOCK:
         mask = inside & (column[None, :] < width)
         x = tl.load(x_ptr + begin * x_stride + column[None, :], mask, 0.0).to(tl.float32)
-        largest = tl.max(tl.abs(x), 1)
+        largest = _largest(tl.abs(x))
         inverse = 127.0 / tl.where(largest > 0, largest, 127.0)
         tl.store(codes_ptr + begin * width + column[None, :], _rounded(x, inverse), mask)
     else:
@@ -80,8 +80,8 @@ def _quantize(
         for first in range(0, width, WIDTH):
             mask = inside & (first + column[None, :] < width)
             x = tl.load(x_ptr + begin * x_stride + first + column[None, :], mask, 0.0)
-            found = tl.maximum(found, tl.abs(x.to(tl.float32)))
-        largest = tl.max(found, 1)
+            found = tl.maximum(found, tl.abs(x.to(tl.float32)), tl.PropagateNan.ALL)
+        largest = _largest(found)
         inverse = 127.0 / tl.where(largest > 0, largest, 127.0)
         for first in range(0, width, WIDTH):
             mask = inside & (first + column[None, :] < width)
@@ -89,6 +89,13 @@ def _quantize(
             codes = _rounded(x.to(tl.float32), inverse)
             tl.store(codes_ptr + begin * width + first + column[None, :], codes, mask)
     tl.store(scales_ptr + row, largest / 127.0, row < num_rows)
+
+
+@jit
+def _largest(x):
+    """Of each row; NaN where there is one, which GPUs' maxima pass over."""
+    has_nan = tl.max((x != x).to(tl.int32), 1) > 0
+    return tl.where(has_nan, float("nan"), tl.max(x, 1))
 
 
 @jit

@@ -45,6 +45,20 @@ def test_codes_are_the_definition(
 
 
 @pytest.mark.parametrize("backend", BOTH)
+@pytest.mark.parametrize("width", [8, 5000])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.filterwarnings("ignore:invalid value encountered")  # numpy's, in the interpreter
+def test_what_is_not_finite_stays_so(bad: float, width: int, backend: Backend) -> None:
+    x = drawn(1, 3, width)
+    x[0, 1, 3] = bad
+    with forced(backend):
+        codes, scales = quantize_rows(x)
+        back = dequantize_rows(codes, scales, torch.float32)
+    assert back.isfinite().all(-1).tolist() == [[True, False, True]]
+    assert not back[0, 1, 3].isfinite()
+
+
+@pytest.mark.parametrize("backend", BOTH)
 def test_strided_zero_and_empty_rows(backend: Backend) -> None:
     wide = drawn(2, 6, 24)
     with forced(backend):

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fasttune.adapters.lora import apply_lora
 from fasttune.memory.activations import Policy
@@ -18,6 +19,7 @@ from fasttune.models.layers import Block, run_block, set_recompute
 from fasttune.models.rope import rope_table
 from fasttune.models.unet import ResnetBlock, TransformerBlock
 from fasttune.models.unet_config import read_unet_config
+from fasttune_kernels.dispatch import forced
 
 WIDTH, HEADS, TEXT = 32, 2, 5
 GRID = 3, 4
@@ -110,7 +112,7 @@ def gradients(block: Block, inputs: tuple[Tensor | None, ...], conditions: bool)
     outputs = run_block(block, *given)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     generator = torch.Generator().manual_seed(1)
-    ends = [torch.randn(x.shape, generator=generator).to(x.dtype) for x in outputs]
+    ends = [torch.empty_like(x).copy_(torch.randn(x.shape, generator=generator)) for x in outputs]
     torch.autograd.backward(outputs, ends)
     found: dict[str, Any] = {f"output {i}": x.detach() for i, x in enumerate(outputs)}
     found |= {
@@ -141,8 +143,71 @@ def test_fused_is_plain(name: str, targets: str, conditions: bool) -> None:
     block, inputs = made(name, targets)
     expected = gradients(block, inputs, conditions)
     fuse(block, FORMULAS)
-    # float64: 1e-10 is a thousand roundings; float32 inside (tables, adapters) keeps it from 1e-13
+    # float32 inside (tables, statistics) keeps it from float64's 1e-13
     check(expected, gradients(block, inputs, conditions), 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "targets", "batch", "choice"),
+    [
+        (name, *how)
+        for name in CASES
+        if "masked" not in name
+        for how in (("full", 1, "save"), ("*" if name in LORA else "frozen", 2, "recompute"))
+    ],
+)
+def test_fused_on_triton_is_plain(name: str, targets: str, batch: int, choice: Any) -> None:
+    block, inputs = made(name, targets, batch=batch, dtype=torch.float32)
+    expected = gradients(block, inputs, conditions=False)
+    fuse(block, FORMULAS, policy=Policy(choice))
+    with forced("triton"):
+        check(expected, gradients(block, inputs, conditions=False), 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "parameter"),
+    [
+        ("flux single", "attn.norm_k.weight"),
+        ("flux double", "attn.norm_added_q.weight"),
+        ("flux single", "attn.to_q.bias"),
+        ("unet transformer", "norm2.bias"),
+        ("resnet", "norm1.bias"),
+        ("resnet", "norm2.bias"),
+        ("resnet", "conv1.bias"),
+    ],
+)
+def test_one_parameter_trains_alone(name: str, parameter: str) -> None:
+    block, inputs = made(name, "frozen")
+    block.get_parameter(parameter).requires_grad_()
+    expected = gradients(block, inputs, conditions=False)
+    fuse(block, FORMULAS)
+    check(expected, gradients(block, inputs, conditions=False), 1e-6)
+
+
+class Convolutions(TorchDispatchMode):
+    """The tensors that convolutions and their backwards are given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.given: list[Tensor] = []
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if "convolution" in str(op):
+            self.given += [x for x in args[:2] if isinstance(x, Tensor)]
+        return op(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("targets", ["full", "frozen"])
+@pytest.mark.parametrize("name", [name for name in CASES if "resnet" in name])
+def test_convolutions_get_channels_last(name: str, targets: str) -> None:
+    """A library that is given another layout copies: cuDNN's backward goes by that of its input."""
+    block, inputs = made(name, targets, dtype=torch.float32)
+    fuse(block.to(memory_format=torch.channels_last), FORMULAS)
+    with Convolutions() as seen:
+        gradients(block, inputs, conditions=False)
+    maps = [x for x in seen.given if x.shape[2:] == (6, 5)]
+    assert len(maps) >= 4
+    assert all(x.is_contiguous(memory_format=torch.channels_last) for x in maps)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -297,6 +362,26 @@ def test_weights_that_moved_are_noticed(name: str) -> None:
     block.double()
     with pytest.raises(RuntimeError, match="have been moved since fuse"):
         block(*(None if x is None else x.double() for x in inputs))
+
+
+def test_adapters_that_moved_are_noticed() -> None:
+    class Network(nn.Module):
+        def __init__(self, block: Block) -> None:
+            super().__init__()
+            self.block = block
+
+        def forward(self, *inputs: Tensor | None) -> Any:
+            return self.block(*inputs)
+
+    block, inputs = made("flux single", "*", dtype=torch.float32)
+    network = Network(block)
+    fuse(network, FORMULAS, dtype=torch.bfloat16)
+    given = [x if x is None or x.shape[1] == 1 else x.bfloat16() for x in inputs]
+    network(*given)
+    p = block.get_parameter("attn.to_q.lora_B")
+    p.data = p.data.clone()
+    with pytest.raises(RuntimeError, match="adapters have been moved since fuse"):
+        network(*given)
 
 
 @pytest.mark.parametrize("name", CASES)
