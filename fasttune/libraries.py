@@ -1,5 +1,6 @@
 """The libraries that fasttune uses: their versions, those of pyproject.toml, and what each is for."""
 
+import sys
 from dataclasses import dataclass
 
 
@@ -20,8 +21,11 @@ class Library:
 
 EIGHT_BIT = 'optimizer.name = "adamw8bit" where fasttune\'s own operation does not run'
 
+_TORCH = "2.13" if sys.platform == "darwin" else "2.11"
+"""2.13 is the first with a kernel of group norm's backward for Apple's GPUs."""
+
 LIBRARIES = (
-    Library(name="torch", minimum="2.11", below="2.14", used_for="everything"),
+    Library(name="torch", minimum=_TORCH, below="2.14", used_for="everything"),
     Library(name="numpy", minimum="1.26", used_for="images"),
     Library(name="safetensors", minimum="0.5", used_for="weights and caches"),
     Library(name="pillow", minimum="11", used_for="reading images"),

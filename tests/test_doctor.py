@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import subprocess
 import sys
 import tomllib
@@ -268,8 +269,8 @@ def test_versions_are_those_of_the_package() -> None:
         wanted += f",<{library.below}" if library.below else ""
         listed = project["dependencies"] if library.extra is None else extras[library.extra]
         assert any(line.split(";")[0] == wanted for line in listed), wanted
-    required = [library.name for library in LIBRARIES if library.extra is None]
-    assert len(required) == len(project["dependencies"])
+    required = {library.name for library in LIBRARIES if library.extra is None}
+    assert required == {re.split("[<>=;]", line)[0] for line in project["dependencies"]}
     assert extras.keys() == {"dev"} | {
         library.extra for library in LIBRARIES if library.extra is not None
     }
