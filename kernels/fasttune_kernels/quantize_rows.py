@@ -72,15 +72,15 @@ def _quantize(
     if ONE_BLOCK:
         mask = inside & (column[None, :] < width)
         x = tl.load(x_ptr + begin * x_stride + column[None, :], mask, 0.0).to(tl.float32)
-        largest = _largest(tl.abs(x))
+        largest = _largest(_bits(x))
         inverse = 127.0 / tl.where(largest > 0, largest, 127.0)
         tl.store(codes_ptr + begin * width + column[None, :], _rounded(x, inverse), mask)
     else:
-        found = tl.zeros((ROWS, WIDTH), tl.float32)
+        found = tl.zeros((ROWS, WIDTH), tl.int32)
         for first in range(0, width, WIDTH):
             mask = inside & (first + column[None, :] < width)
             x = tl.load(x_ptr + begin * x_stride + first + column[None, :], mask, 0.0)
-            found = tl.maximum(found, tl.abs(x.to(tl.float32)), tl.PropagateNan.ALL)
+            found = tl.maximum(found, _bits(x))
         largest = _largest(found)
         inverse = 127.0 / tl.where(largest > 0, largest, 127.0)
         for first in range(0, width, WIDTH):
@@ -92,10 +92,14 @@ def _quantize(
 
 
 @jit
-def _largest(x):
-    """Of each row; NaN where there is one, which GPUs' maxima pass over."""
-    has_nan = tl.max((x != x).to(tl.int32), 1) > 0
-    return tl.where(has_nan, float("nan"), tl.max(x, 1))
+def _bits(x):
+    """Of magnitudes, which as integers have their order, with NaN above all: GPUs' float maxima drop it."""
+    return tl.abs(x.to(tl.float32)).to(tl.int32, bitcast=True)
+
+
+@jit
+def _largest(bits):
+    return tl.max(bits, 1).to(tl.float32, bitcast=True)
 
 
 @jit
