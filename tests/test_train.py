@@ -116,6 +116,7 @@ def assert_same_end(a, b):
     assert losses(a) == losses(b)
 
 
+@pytest.mark.slow  # resuming ends with the same bits only where running twice does
 def test_twice_the_same_config_gives_bitwise_the_same_losses_and_weights(run, tmp_path):
     _, first = run(**DRAWS)
     _, second = run(**DRAWS)

@@ -114,7 +114,7 @@ def rows_with(
     return {**memory, **flops, **launches}
 
 
-@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("count", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_the_rows_are_those_of_a_whole_step(count: int) -> None:
     config = config_named("quickstart")
     config = replace(config, train=replace(config.train, gradient_accumulation=count))

@@ -32,6 +32,7 @@ def launched(folder: Path, *arguments: str) -> str:
     return ended.stdout
 
 
+@pytest.mark.slow  # gate codegen compiles what steps launch, with a batch of 1 among them
 def test_a_batch_of_one_compiles_as_it_is_launched(tmp_path: Path) -> None:
     said = launched(tmp_path, "sm_89", "1", "short_attention", "gelu_tanh", "quantize_rows")
     assert said.count("bytes shared") == 9, said

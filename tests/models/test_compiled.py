@@ -60,7 +60,11 @@ def trained_over_buckets(compiler: Compiler, rounds: int) -> list[Tensor]:
     return found
 
 
-@pytest.mark.parametrize("in_a_thread", [False, True], ids=["main thread", "another thread"])
+@pytest.mark.parametrize(
+    "in_a_thread",
+    [pytest.param(False, marks=pytest.mark.slow), True],
+    ids=["main thread", "another thread"],
+)
 def test_more_buckets_than_torch_keeps_graphs_of_a_function(in_a_thread: bool) -> None:
     """Backwards run in a thread of their own on a GPU, where settings of this one do not hold."""
     backend = Counting()
